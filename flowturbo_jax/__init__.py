@@ -1,0 +1,1 @@
+"""FlowTurbo in JAX: frozen flow-matching image generators, sampled several times faster."""

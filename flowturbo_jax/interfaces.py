@@ -1,0 +1,54 @@
+"""The words every layer shares: array aliases, the flow contract, and the one error users see."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from jaxtyping import Array, Float, Int, PyTree, UInt8
+
+Latents = Float[Array, "batch *point"]  # a point on the path; [B, H, W, C] for images
+Velocity = Float[Array, "batch *point"]  # dx/dt toward data, shaped like the point it moves
+Time = Float[Array, ""]  # flow time: 0 = noise, 1 = data
+BatchTime = Float[Array, " batch"]  # one flow time per sample
+Labels = Int[Array, " batch"]
+Images = Float[Array, "batch height width channels"]  # pixels in [-1, 1]
+ImageBytes = UInt8[Array, "batch height width channels"]
+Condition = PyTree[Any]  # labels or text states, batch first
+Memory = PyTree[Any]  # what guidance remembers of the last evaluation
+Params = PyTree[Any]
+
+
+class InputError(ValueError):
+    """Something the caller gave cannot be used; the message says what, and what to do about it.
+
+    Commands print the message as one line and exit with code 2.
+    """
+
+
+class Flow(NamedTuple):
+    """The vector field a sampler integrates, as three pure functions over arrays.
+
+    The sampler knows no labels, text, networks or guidance: they are behind these functions.
+
+    Attributes:
+      predict: `(x [B, ...], t []) -> memory`, evaluates the big network at flow time t.
+      refine: `(x [B, ...], t [], memory) -> offset`, what to add to a remembered memory, by the
+        small network; None when the flow has no refiner.
+      drift: `(memory) -> velocity [B, ...]`, the velocity that moves x. Without guidance the
+        memory is the velocity itself, which is the default.
+    """
+
+    predict: Callable[[Latents, Time], Memory]
+    refine: Callable[[Latents, Time, Memory], Memory] | None = None
+    drift: Callable[[Memory], Velocity] = lambda memory: memory
+
+
+class State(NamedTuple):
+    """What a sample block takes and returns.
+
+    Attributes:
+      x: the point on the path, `[B, ...]` float.
+      memory: what the block before handed on (PAPER: "velocity handed on"), a pytree.
+    """
+
+    x: Latents
+    memory: Memory

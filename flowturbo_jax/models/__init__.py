@@ -1,0 +1,44 @@
+"""Networks, and the table of families a model directory may name."""
+
+from typing import Any, NamedTuple
+
+from flax import linen as nn
+
+from flowturbo_jax.interfaces import InputError
+from flowturbo_jax.models.refiner import Refiner
+from flowturbo_jax.models.sit import SiT, SiTConfig
+
+
+class Family(NamedTuple):
+    """One kind of network: how it is described, and how it is built.
+
+    Attributes:
+      config: frozen dataclass of hyper-parameters with `shape`, `num_classes`, `null_label` and
+        `refiner()`, validated at construction.
+      network: module class taking that config and options such as dtype.
+    """
+
+    config: type
+    network: type[nn.Module]
+
+    def predictor(self, config: Any, **options: Any) -> nn.Module:
+        """The predictor module `(x, t, condition) -> velocity`."""
+        return self.network(config, **options)
+
+    def refiner(self, config: Any, **options: Any) -> Refiner:
+        """The refiner module `(x, v, t, condition) -> offset`."""
+        return Refiner(self.network(config, **options))
+
+
+FAMILIES = {"sit": Family(SiTConfig, SiT)}
+
+
+def family(name: str) -> Family:
+    """The family of that name.
+
+    Raises:
+      InputError: no family has that name.
+    """
+    if name not in FAMILIES:
+        raise InputError(f"unknown model family {name!r}; known are {', '.join(sorted(FAMILIES))}")
+    return FAMILIES[name]

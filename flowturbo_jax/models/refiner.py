@@ -1,0 +1,45 @@
+"""The velocity refiner: a shallow network of the predictor's family over [x, v].
+
+Source: PAPER section 3, eq. 7-10.
+"""
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from flowturbo_jax.interfaces import BatchTime, Condition, Latents, Params, Time, Velocity
+
+
+class Refiner(nn.Module):
+    """Predicts the offset r(x, v, t) that turns a remembered velocity into the one at (x, t).
+
+    Attributes:
+      network: any predictor network `(x, t, condition) -> [B, H, W, C]` with 2 C input channels.
+        Its parameters are the refiner's: nothing is added, not even a name.
+    """
+
+    network: nn.Module
+
+    def setup(self):
+        nn.share_scope(self, self.network)
+
+    def __call__(
+        self, x: Latents, v: Velocity, t: Time | BatchTime, condition: Condition
+    ) -> Velocity:
+        """Evaluates the refiner.
+
+        Args:
+          x: latents `[B, H, W, C]` float.
+          v: remembered velocity `[B, H, W, C]`, dtype of x.
+          t: flow time of x, `[]` or `[B]` float32.
+          condition: what the network takes, for instance labels `[B]` int.
+
+        Returns:
+          Offset `[B, H, W, C]`, dtype of x; the refined velocity is offset + v.
+        """
+        return self.network(jnp.concatenate([x, v], axis=-1), t, condition)
+
+    @nn.nowrap
+    def initialise(self, key: jax.Array) -> Params:
+        """Fresh parameters, with which every offset is zero: "keep the old velocity"."""
+        return self.network.initialise(key)

@@ -1,0 +1,51 @@
+"""The straight path between noise and data, shared by training, editing and tests.
+
+`x_t = (1 - t) noise + t data`, velocity `u = data - noise`; t = 0 is noise, t = 1 is data.
+Source: PAPER section 1 (SiT's convention; the FlowTurbo paper writes it the other way round).
+"""
+
+import jax
+import jax.numpy as jnp
+
+from flowturbo_jax.interfaces import BatchTime, Latents, Time, Velocity
+
+
+def per_sample(t: Time | BatchTime, x: Latents) -> jax.Array:
+    """t shaped to multiply x: `[]` stays, `[B]` becomes `[B, 1, ...]`."""
+    return t if t.ndim == 0 else t.reshape(t.shape + (1,) * (x.ndim - 1))
+
+
+def interpolate(noise: Latents, data: Latents, t: Time | BatchTime) -> Latents:
+    """The point on the path at flow time t, `[B, ...]`, dtype of noise.
+
+    Args:
+      noise: start of the path `[B, ...]` float.
+      data: end of the path, same shape and dtype.
+      t: flow time, `[]` or `[B]`, same dtype.
+    """
+    t = jnp.broadcast_to(per_sample(t, noise), noise.shape)
+    return (1 - t) * noise + t * data
+
+
+def velocity(noise: Latents, data: Latents) -> Velocity:
+    """The path's velocity `data - noise`, `[B, ...]`, the same at every t."""
+    return data - noise
+
+
+def sample_noise(seeds: jax.Array, indices: jax.Array, shape: tuple[int, ...]) -> Latents:
+    """Standard normal noise in which image i depends on (seeds[i], indices[i]) and nothing else.
+
+    Args:
+      seeds: `[B]` uint32, one seed per image.
+      indices: `[B]` uint32, the image's number within its seed.
+      shape: shape of one image's latents, `[H, W, C]`.
+
+    Returns:
+      Noise `[B, *shape]` float32.
+    """
+
+    def one(seed, index):
+        key = jax.random.fold_in(jax.random.key(seed), index)
+        return jax.random.normal(key, shape, jnp.float32)
+
+    return jax.vmap(one)(seeds, indices)

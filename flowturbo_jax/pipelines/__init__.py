@@ -1,0 +1,1 @@
+"""Networks, parameters and the core joined: condition, noise, sampler, decode."""

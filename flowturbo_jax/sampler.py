@@ -1,0 +1,117 @@
+"""The sampler: one `lax.scan` per run of equal blocks over the schedule's time grid."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from flowturbo_jax import blocks
+from flowturbo_jax.interfaces import Flow, InputError, Latents, State, Time
+from flowturbo_jax.schedule import Schedule
+
+BLOCKS = {
+    "E": blocks.euler,
+    "H": blocks.heun,
+    "P": blocks.pseudo_corrector,
+    "R": blocks.refine,
+    "Rc": partial(blocks.refine, chained=True),
+}
+
+AfterStep = Callable[[State, Time], State]
+
+
+def sample(
+    flow: Flow,
+    noise: Latents,
+    schedule: Schedule | str,
+    t_start: float | Time = 0.0,
+    after_step: AfterStep | None = None,
+) -> Latents:
+    """Integrates the flow from t_start to 1. Pure: jit, vmap and grad work on it.
+
+    The traced program has one loop per run, so its size does not depend on how long the runs are.
+
+    Args:
+      flow: the vector field; its functions may return any dtype that `drift` turns into x's.
+      noise: where to start, `[B, ...]` float; noise at t_start = 0, a point on the path otherwise.
+      schedule: which block makes each step.
+      t_start: flow time of `noise`, in [0, 1); may be traced.
+      after_step: `(state, t) -> state`, applied after every step at the time it reached, for
+        instance to keep the known part of an image.
+
+    Returns:
+      The data end of the path, shape and dtype of noise.
+
+    Raises:
+      InputError: the schedule is wrong or refines without a refiner, the velocity's shape or dtype
+        is not x's, or t_start is outside [0, 1).
+    """
+    state, _ = integrate(flow, noise, schedule, t_start, after_step)
+    return state.x
+
+
+def integrate(
+    flow: Flow,
+    noise: Latents,
+    schedule: Schedule | str,
+    t_start: float | Time = 0.0,
+    after_step: AfterStep | None = None,
+    observe: Callable[[State], Any] | None = None,
+) -> tuple[State, Any]:
+    """As `sample`, but returns the last state, and what `observe(state)` gave after each step.
+
+    Args:
+      flow: as in `sample`.
+      noise: as in `sample`.
+      schedule: as in `sample`.
+      t_start: as in `sample`.
+      after_step: as in `sample`.
+      observe: what to record of the state after each step, a pytree of arrays; None for nothing.
+
+    Returns:
+      The last state, and the records stacked along a new first axis `[steps, ...]` (or None).
+
+    Raises:
+      InputError: as in `sample`.
+    """
+    schedule = Schedule.parse(schedule)
+    if schedule.needs_refiner and flow.refine is None:
+        raise InputError(
+            f"schedule {schedule} refines, but this flow has no refiner; use a schedule of "
+            "E, H and P, or train a refiner first"
+        )
+    grid = schedule.time_grid(t_start, noise.dtype)
+    state = State(noise, _first_memory(flow, noise, schedule, grid[0]))
+    records = []
+    for run, first, last in schedule.intervals():
+        block = BLOCKS[run.block]
+
+        def step(state, times, block=block):
+            state = block(flow, state, *times)
+            if after_step is not None:
+                state = after_step(state, times[1])
+            return state, None if observe is None else observe(state)
+
+        times = (grid[first:last], grid[first + 1 : last + 1])
+        state, record = jax.lax.scan(step, state, times)
+        records.append(record)
+    return state, jax.tree.map(lambda *parts: jnp.concatenate(parts), *records)
+
+
+def _first_memory(flow: Flow, noise: Latents, schedule: Schedule, t: Time) -> Any:
+    """The memory to start from, after checking once that the flow fits x.
+
+    Only a leading P reads it, and evaluates it; other blocks overwrite it, so zeros serve.
+    """
+    memory = jax.eval_shape(flow.predict, noise, t)
+    velocity = jax.eval_shape(flow.drift, memory)
+    if (velocity.shape, velocity.dtype) != (noise.shape, noise.dtype):
+        raise InputError(
+            f"the flow's velocity is {velocity.dtype}{list(velocity.shape)} for x "
+            f"{noise.dtype}{list(noise.shape)}; both must agree (cast inside predict or drift)"
+        )
+    if schedule.runs[0].block == "P":
+        return flow.predict(noise, t)
+    return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), memory)

@@ -1,0 +1,97 @@
+"""How every test runs: which devices, which strictness, no network.
+
+The tests run on four virtual CPU devices, on any machine. On a GPU machine, with the CUDA jaxlib:
+
+    FLOWTURBO_TEST_PLATFORM=cuda,cpu python -m pytest -m gpu
+
+Nothing here reaches into a subprocess a test starts, except the environment variables.
+"""
+
+import ipaddress
+import os
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+# JAX reads both variables at its first use. JAX_PLATFORMS itself is not the switch, because GPU
+# machines often export it, and there too a plain run has to mean the CPU.
+os.environ["JAX_PLATFORMS"] = os.environ.get("FLOWTURBO_TEST_PLATFORM", "cpu")
+DEVICE_COUNT_FLAG = "--xla_force_host_platform_device_count"
+if DEVICE_COUNT_FLAG not in os.environ.get("XLA_FLAGS", ""):
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {DEVICE_COUNT_FLAG}=4".strip()
+
+import jax  # noqa: E402  (after the environment is set)
+from jaxtyping import install_import_hook  # noqa: E402
+
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+jax.config.update("jax_numpy_rank_promotion", "raise")
+jax.config.update("jax_default_matmul_precision", "highest")
+
+# Checks every annotation of the library at run time; it must precede the first import of it.
+install_import_hook("flowturbo_jax", "beartype.beartype")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skips gpu tests where there is no GPU; without such tests JAX starts no backend here."""
+    gpu_tests = [item for item in items if item.get_closest_marker("gpu")]
+    if gpu_tests and not any(device.platform == "gpu" for device in jax.devices()):
+        reason = "no GPU among jax.devices(); on a GPU machine set FLOWTURBO_TEST_PLATFORM=cuda,cpu"
+        for item in gpu_tests:
+            item.add_marker(pytest.mark.skip(reason=reason))
+
+
+class NetworkAccessError(RuntimeError):
+    """A test tried to reach another machine. Not an OSError, which libraries catch and retry."""
+
+
+def _refuse_other_machines(host: object) -> None:
+    name = host.decode() if isinstance(host, bytes) else host
+    if name in (None, "", "localhost"):
+        return
+    try:
+        if ipaddress.ip_address(name).is_loopback:
+            return
+    except ValueError:  # a host name: even its look-up would leave the machine
+        pass
+    raise NetworkAccessError(
+        f"a test tried to reach {name!r}; tests use no network: put the data in tests/fixtures"
+    )
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_network() -> Iterator[None]:
+    """Lets Python sockets reach this machine only."""
+    internet = (socket.AF_INET, socket.AF_INET6)
+    connect, connect_ex, look_up = (
+        socket.socket.connect,
+        socket.socket.connect_ex,
+        socket.getaddrinfo,
+    )
+
+    def guarded_connect(self, address):
+        if self.family in internet:
+            _refuse_other_machines(address[0])
+        return connect(self, address)
+
+    def guarded_connect_ex(self, address):
+        if self.family in internet:
+            _refuse_other_machines(address[0])
+        return connect_ex(self, address)
+
+    def guarded_look_up(host, *args, **kwargs):
+        _refuse_other_machines(host)
+        return look_up(host, *args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(socket.socket, "connect", guarded_connect)
+        patch.setattr(socket.socket, "connect_ex", guarded_connect_ex)
+        patch.setattr(socket, "getaddrinfo", guarded_look_up)
+        yield
+
+
+@pytest.fixture(scope="session")
+def fixtures() -> Path:
+    """The folder of stored inputs and expected outputs."""
+    return Path(__file__).parent / "fixtures"
