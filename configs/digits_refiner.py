@@ -1,0 +1,22 @@
+"""The one-block refiner of the digits predictor.
+
+python train.py --config=configs/digits_refiner.py --workdir=runs/digits_refiner
+"""
+
+from flowturbo_jax.train_config import TrainConfig
+
+
+def get_config():
+    return TrainConfig(
+        objective="refiner",
+        data="digits",
+        model_dir="digits",
+        model={},
+        steps=4_000,
+        batch_size=64,
+        learning_rate=1e-3,
+        learning_rate_decay="cosine",
+        ema_decay=0.999,
+        dt_max=0.15,
+        schedule="H1P3R2",
+    ).to_config_dict()

@@ -1,0 +1,125 @@
+"""Orbax checkpoints: parameters alone for model directories, whole runs for training."""
+
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from flax.traverse_util import flatten_dict
+
+from flowturbo_jax.interfaces import InputError, Params
+
+
+def save_params(directory: Path, params: Params) -> None:
+    """Writes parameters as an Orbax directory that loads on any number of devices."""
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(Path(directory).absolute(), jax.tree.map(np.asarray, params))
+
+
+def load_params(directory: Path, wanted: Params) -> Params:
+    """Reads parameters written by `save_params`.
+
+    Args:
+      directory: the Orbax directory.
+      wanted: pytree of arrays or `jax.ShapeDtypeStruct`: the exact names, shapes and dtypes.
+
+    Returns:
+      The parameters, a nested dict of numpy arrays.
+
+    Raises:
+      InputError: the directory is missing or damaged, or holds other parameters than wanted; the
+        message names every tensor that is missing, extra or misshapen.
+    """
+    directory = Path(directory).absolute()
+    if not directory.is_dir():
+        raise InputError(f"no parameters at {directory}; the folder does not exist")
+    try:
+        with ocp.StandardCheckpointer() as checkpointer:
+            stored = flatten_dict(checkpointer.metadata(directory).item_metadata.tree, sep="/")
+            _check_same(directory, stored, flatten_dict(wanted, sep="/"))
+            target = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), wanted)
+            return checkpointer.restore(directory, target)
+    except InputError:
+        raise
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InputError(_damaged(directory, error)) from error
+
+
+def _check_same(directory: Path, stored: dict[str, Any], wanted: dict[str, Any]) -> None:
+    wrong = [f"{name} is missing" for name in wanted if name not in stored]
+    wrong += [f"{name} is not known" for name in stored if name not in wanted]
+    wrong += [
+        f"{name} is {list(stored[name].shape)}, not {list(leaf.shape)}"
+        for name, leaf in wanted.items()
+        if name in stored and tuple(stored[name].shape) != tuple(leaf.shape)
+    ]
+    if wrong:
+        raise InputError(
+            f"the parameters at {directory} are of another model: {'; '.join(wrong[:8])}"
+            + (f"; and {len(wrong) - 8} more" if len(wrong) > 8 else "")
+        )
+
+
+def _damaged(directory: Path, error: Exception) -> str:
+    reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+    return f"the checkpoint at {directory} is damaged or incomplete ({reason}); restore a copy"
+
+
+class Checkpoints:
+    """The checkpoints of one training run, newest last; saving is atomic.
+
+    Args:
+      directory: where they live; created if missing.
+      keep: how many of the newest stay.
+    """
+
+    def __init__(self, directory: Path, keep: int = 2):
+        options = ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=False)
+        self._directory = Path(directory).absolute()
+        self._manager = ocp.CheckpointManager(self._directory, options=options)
+
+    def __enter__(self) -> "Checkpoints":
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self._manager.close()
+
+    @property
+    def latest_step(self) -> int | None:
+        """Step of the newest checkpoint, or None where there is none."""
+        return self._manager.latest_step()
+
+    def save(self, step: int, state: Any, config: dict[str, Any]) -> None:
+        """Saves a pytree of arrays, and the run's configuration beside it."""
+        if step == self.latest_step:
+            return
+        self._manager.save(
+            step,
+            args=ocp.args.Composite(
+                state=ocp.args.StandardSave(state), config=ocp.args.JsonSave(config)
+            ),
+        )
+
+    def config(self) -> dict[str, Any]:
+        """The configuration saved with the newest checkpoint.
+
+        Raises:
+          InputError: the checkpoint is damaged.
+        """
+        return self._restore(config=ocp.args.JsonRestore())["config"]
+
+    def state(self, like: Any) -> Any:
+        """The newest checkpoint's pytree, placed as `like` is.
+
+        Raises:
+          InputError: the checkpoint is damaged, or of another shape than `like`.
+        """
+        return self._restore(state=ocp.args.StandardRestore(like))["state"]
+
+    def _restore(self, **items: Any) -> Any:
+        step = self.latest_step
+        try:
+            return self._manager.restore(step, args=ocp.args.Composite(**items))
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise InputError(_damaged(self._directory / str(step), error)) from error

@@ -1,0 +1,60 @@
+"""Where training writes its numbers: JSON lines, TensorBoard and the log."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from absl import logging
+
+
+class Logbook:
+    """Writes scalars and pictures of a run to `metrics.jsonl` and TensorBoard files.
+
+    Args:
+      directory: the run's folder; created if missing.
+      first_step: lines of this step and later, left by a run that was cut off after its last
+        checkpoint, are dropped, so that no step stands in the file twice.
+    """
+
+    def __init__(self, directory: Path, first_step: int = 0):
+        from tensorboardX import SummaryWriter  # here, because only training needs it
+
+        directory.mkdir(parents=True, exist_ok=True)
+        self._path = directory / "metrics.jsonl"
+        if self._path.exists():
+            lines = self._path.read_text().splitlines()
+            kept = [line for line in lines if _step(line) < first_step]
+            self._path.write_text("".join(f"{line}\n" for line in kept))
+        self._file = self._path.open("a")
+        self._board = SummaryWriter(str(directory / "tensorboard"), purge_step=first_step or None)
+
+    def __enter__(self) -> "Logbook":
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self._file.close()
+        self._board.close()
+
+    def scalars(self, step: int, values: Mapping[str, Any]) -> None:
+        """Records named numbers of one step everywhere."""
+        values = {name: float(value) for name, value in values.items()}
+        self._file.write(json.dumps({"step": step, **values}) + "\n")
+        self._file.flush()
+        for name, value in values.items():
+            self._board.add_scalar(name, value, step)
+        text = "  ".join(f"{name} {value:.4g}" for name, value in values.items())
+        logging.info("step %d  %s", step, text)
+
+    def picture(self, step: int, name: str, picture: np.ndarray) -> None:
+        """Records a picture `[H, W, 3]` uint8 in TensorBoard."""
+        self._board.add_image(name, picture, step, dataformats="HWC")
+
+
+def _step(line: str) -> float:
+    """The step of a line; a line that was cut in the middle counts as too late to keep."""
+    try:
+        return json.loads(line)["step"]
+    except (ValueError, KeyError, TypeError):
+        return float("inf")

@@ -1,0 +1,73 @@
+"""Reads the golden arrays in fixtures/golden, and builds the networks that go with them."""
+
+import dataclasses
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from einops import rearrange
+from safetensors.numpy import load_file
+
+from flowturbo_jax import convert
+from flowturbo_jax.models import Refiner, SiT, SiTConfig
+
+FOLDER = Path(__file__).parent / "fixtures" / "golden"
+
+SIT = SiTConfig(
+    input_size=8,
+    patch_size=2,
+    in_channels=4,
+    hidden_size=64,
+    depth=3,
+    num_heads=4,
+    num_classes=10,
+)
+REFINER = SIT.refiner()
+MICRO = dataclasses.replace(SIT, hidden_size=24, depth=2, num_heads=2)
+
+# Absolute bounds: the reference's own float32 run is off its float64 run by 5e-6 (networks),
+# 2e-5 (guided at scale 4) and 3e-5 (samples); another order of summation by a few times that.
+FORWARD = 5e-5
+GUIDED = 1e-4
+SAMPLES = 2e-4
+
+
+def arrays(name: str) -> dict[str, np.ndarray]:
+    """The arrays of one npz file: latents `[..., H, W, C]`, integers as int32."""
+    with np.load(FOLDER / f"{name}.npz") as file:
+        return {key: _ours(file[key]) for key in file.files}
+
+
+def _ours(array: np.ndarray) -> np.ndarray:
+    if array.dtype == np.int64:
+        return array.astype(np.int32)
+    side = SIT.input_size
+    if array.shape[-2:] == (side, side):
+        return rearrange(array, "... c h w -> ... h w c")
+    return array
+
+
+def weights(name: str) -> dict[str, np.ndarray]:
+    """An official state dict, as stored: PyTorch names and layouts."""
+    return load_file(FOLDER / f"{name}.safetensors")
+
+
+def params(name: str, config: SiTConfig):
+    """The parameters of a stored state dict."""
+    return jax.tree.map(jnp.asarray, convert.params_from_state("sit", config, weights(name)))
+
+
+def predictor(params, config: SiTConfig = SIT):
+    """The function `(x, t, labels) -> velocity` of a predictor's parameters."""
+    return lambda x, t, labels: SiT(config).apply({"params": params}, x, t, labels)
+
+
+def refiner(params):
+    """The function `(x, v, t, labels) -> offset` of a refiner's parameters."""
+    return lambda x, v, t, labels: Refiner(SiT(REFINER)).apply({"params": params}, x, v, t, labels)
+
+
+def deviation(ours, theirs) -> float:
+    """The largest absolute difference."""
+    return float(np.max(np.abs(np.asarray(ours, np.float64) - np.asarray(theirs, np.float64))))

@@ -1,0 +1,376 @@
+"""The SiT predictor and the refiner: reference outputs, and what their options may not change."""
+
+import dataclasses
+
+import golden
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from einops import rearrange
+
+from flowturbo_jax.interfaces import InputError
+from flowturbo_jax.models import FAMILIES, Refiner, SiT, SiTConfig, family, layers
+
+
+@pytest.fixture(scope="module")
+def params():
+    return golden.params("sit/sit", golden.SIT)
+
+
+@pytest.fixture(scope="module")
+def inputs():
+    stored = golden.arrays("sit/sit_forward")
+    return tuple(jnp.asarray(stored[name]) for name in ("x", "t", "y"))
+
+
+def random_params(config, seed=0):
+    """Parameters away from the fresh ones, whose output is zero; the position table stays."""
+    fresh = SiT(config).initialise(jax.random.key(seed))
+    leaves, treedef = jax.tree.flatten(fresh)
+    keys = jax.random.split(jax.random.key(seed + 1), len(leaves))
+    noisy = [
+        leaf + 0.1 * jax.random.normal(key, leaf.shape)
+        for leaf, key in zip(leaves, keys, strict=True)
+    ]
+    moved = jax.tree.unflatten(treedef, noisy)
+    return {**moved, "position_table": fresh["position_table"]}
+
+
+def random_inputs(config, batch=3):
+    keys = jax.random.split(jax.random.key(7), 3)
+    side, channels = config.input_size, config.in_channels * config.in_channels_scale
+    x = jax.random.normal(keys[0], (batch, side, side, channels))
+    labels = jax.random.randint(keys[2], (batch,), 0, max(config.num_classes, 1))
+    return x, jax.random.uniform(keys[1], (batch,)), labels if config.num_classes else None
+
+
+@pytest.mark.parametrize(
+    ("weights", "config", "arrays", "output"),
+    [
+        ("sit/sit", golden.SIT, "sit/sit_forward", "out"),
+        ("sit/sit_micro", golden.MICRO, "sit/sit_micro_train_forward", "out_model"),
+    ],
+)
+def test_predictor_matches_the_reference(weights, config, arrays, output):
+    stored = golden.arrays(arrays)
+    network = golden.predictor(golden.params(weights, config), config)
+    out = network(*(jnp.asarray(stored[name]) for name in ("x", "t", "y")))
+    assert golden.deviation(out, stored[output]) < golden.FORWARD
+    assert golden.deviation(out, stored[f"{output}_f64"]) < golden.FORWARD
+
+
+@pytest.mark.parametrize(
+    ("weights", "output"), [("refiner/refiner", "out"), ("refiner/refiner_ema", "out_ema")]
+)
+def test_refiner_matches_the_reference(weights, output):
+    stored = golden.arrays("refiner/refiner_forward")
+    network = golden.refiner(golden.params(weights, golden.REFINER))
+    out = network(*(jnp.asarray(stored[name]) for name in ("x", "v", "t", "y")))
+    assert golden.deviation(out, stored[output]) < golden.FORWARD
+
+
+@pytest.mark.parametrize(
+    ("weights", "config"),
+    [("sit/sit", golden.SIT), ("sit/sit_micro", golden.MICRO), ("refiner/refiner", golden.REFINER)],
+)
+def test_computed_position_table_is_the_stored_one(weights, config):
+    stored = golden.weights(weights)["pos_embed"]
+    computed = layers.position_table(config.input_size // config.patch_size, config.hidden_size)
+    # Both are sines in float64, rounded once: at most one unit in the last place of 1.
+    np.testing.assert_allclose(computed, stored, rtol=0, atol=6e-8)
+    fresh = SiT(config).initialise(jax.random.key(0))
+    np.testing.assert_array_equal(fresh["position_table"], computed)
+
+
+def test_time_features_are_cosines_then_sines_of_t_itself():
+    features = np.asarray(layers.time_features(jnp.asarray([0.0, 1.12]), 256), np.float64)
+    frequencies = 10_000.0 ** (-np.arange(128) / 128)
+    np.testing.assert_array_equal(features[0], [1.0] * 128 + [0.0] * 128)
+    expected = np.concatenate([np.cos(1.12 * frequencies), np.sin(1.12 * frequencies)])
+    np.testing.assert_allclose(features[1], expected, rtol=0, atol=2e-7)  # float32 angles near 1
+
+
+def test_one_time_for_all_is_that_time_for_each(params, inputs):
+    x, _, labels = inputs
+    network = golden.predictor(params)
+    one, each = network(x, jnp.asarray(0.3), labels), network(x, jnp.full(len(x), 0.3), labels)
+    np.testing.assert_array_equal(one, each)
+    assert golden.deviation(one, network(x, jnp.asarray(0.31), labels)) > 1e-3
+
+
+def test_each_sample_sees_its_own_time_and_label_only(params, inputs):
+    x, t, labels = inputs
+    network = golden.predictor(params)
+    both = network(x, t, labels)
+    alone = network(x[1:2], t[1:2], labels[1:2])
+    np.testing.assert_allclose(both[1:2], alone, rtol=0, atol=golden.FORWARD)
+    changed = network(x, t.at[0].set(0.77), labels.at[0].set(9))
+    assert golden.deviation(both[0], changed[0]) > 1e-3
+    np.testing.assert_allclose(both[1:], changed[1:], rtol=0, atol=golden.FORWARD)
+
+
+def test_null_label_is_a_row_of_its_own(params, inputs):
+    x, t, _ = inputs
+    assert golden.SIT.null_label == 10
+    network = golden.predictor(params)
+    rows = [network(x[:1], t[:1], jnp.asarray([label])) for label in (8, 9, 10)]
+    distances = [golden.deviation(a, b) for a, b in ((rows[0], rows[2]), (rows[1], rows[2]))]
+    assert min(distances) > 1e-3
+
+
+@pytest.mark.parametrize("options", [{"unroll": True}, {"remat": True}])
+def test_option_changes_neither_the_output_nor_the_gradient(params, inputs, options):
+    def loss_and_output(params, network):
+        out = network.apply({"params": params}, *inputs)
+        return jnp.mean(jnp.square(out)), out
+
+    def gradient(network):
+        return jax.jit(jax.grad(loss_and_output, has_aux=True), static_argnums=1)(params, network)
+
+    grads, out = gradient(SiT(golden.SIT))
+    other_grads, other_out = gradient(SiT(golden.SIT, **options))
+    # The same sums, which XLA may fuse in another order.
+    np.testing.assert_allclose(other_out, out, rtol=0, atol=golden.FORWARD)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=2e-5), other_grads, grads
+    )
+
+
+def test_options_leave_the_fresh_parameters_alone():
+    def initialise(**options):
+        return SiT(golden.MICRO, **options).initialise(jax.random.key(3))
+
+    plain = initialise()
+    for options in ({"unroll": True}, {"remat": True}, {"dtype": jnp.bfloat16}):
+        jax.tree.map(np.testing.assert_array_equal, initialise(**options), plain)
+    assert {leaf.dtype for leaf in jax.tree.leaves(plain)} == {jnp.dtype(jnp.float32)}
+
+
+def test_blocks_are_stacked_on_a_first_axis_and_differ(params):
+    fresh = SiT(golden.SIT).initialise(jax.random.key(0))
+    shapes = jax.tree.map(jnp.shape, fresh["blocks"])
+    assert shapes == jax.tree.map(jnp.shape, params["blocks"])
+    assert {leaf.shape[0] for leaf in jax.tree.leaves(fresh["blocks"])} == {golden.SIT.depth}
+    kernel = fresh["blocks"]["attention"]["qkv"]["kernel"]
+    assert golden.deviation(kernel[0], kernel[1]) > 1e-2
+
+
+def test_program_size_does_not_depend_on_the_depth():
+    def lines(depth):
+        config = dataclasses.replace(golden.MICRO, depth=depth)
+        network = SiT(config)
+        abstract = jax.eval_shape(network.initialise, jax.random.key(0))
+        return str(
+            jax.make_jaxpr(network.apply)({"params": abstract}, *random_inputs(config))
+        ).count("\n")
+
+    assert lines(2) == lines(40)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_bfloat16_network_returns_the_dtype_of_x_and_stays_close(params, inputs, dtype):
+    x, t, labels = inputs
+    exact = golden.predictor(params)(x, t, labels)
+    out = SiT(golden.SIT, dtype=jnp.bfloat16).apply({"params": params}, x.astype(dtype), t, labels)
+    assert out.dtype == dtype
+    # bfloat16 keeps 8 bits: 0.4 % per rounding, a few roundings deep, on outputs of up to 4.9.
+    assert golden.deviation(out.astype(jnp.float32), exact) < 0.04 * float(jnp.abs(exact).max())
+
+
+@pytest.mark.parametrize("config", [golden.SIT, golden.REFINER])
+def test_fresh_network_answers_zero(config):
+    x, t, labels = random_inputs(config)
+    network = SiT(config)
+    out = network.apply({"params": network.initialise(jax.random.key(0))}, x, t, labels)
+    assert out.shape == (3, *config.shape)
+    np.testing.assert_array_equal(out, np.zeros_like(out))
+
+
+def test_fresh_refiner_keeps_the_old_velocity():
+    module = FAMILIES["sit"].refiner(golden.REFINER)
+    x = jax.random.normal(jax.random.key(0), (2, *golden.SIT.shape))
+    offset = module.apply(
+        {"params": module.initialise(jax.random.key(1))},
+        x,
+        2 * x,
+        jnp.asarray(0.5),
+        jnp.zeros(2, int),
+    )
+    np.testing.assert_array_equal(offset, np.zeros_like(x))
+
+
+def test_refiner_adds_no_parameter_and_no_name_to_its_network():
+    wrapped = Refiner(SiT(golden.REFINER)).initialise(jax.random.key(5))
+    jax.tree.map(
+        np.testing.assert_array_equal, wrapped, SiT(golden.REFINER).initialise(jax.random.key(5))
+    )
+    x, t, labels = random_inputs(golden.SIT)
+    inside = Refiner(SiT(golden.REFINER)).init(jax.random.key(5), x, x, t, labels)["params"]
+    assert jax.tree.structure(inside) == jax.tree.structure(wrapped)
+
+
+def test_position_table_gets_no_gradient(params, inputs):
+    grads = jax.grad(lambda p: jnp.sum(jnp.square(golden.predictor(p)(*inputs))))(params)
+    np.testing.assert_array_equal(grads["position_table"], np.zeros((1, 16, 64)))
+    assert float(jnp.abs(grads["patch_embedding"]["kernel"]).max()) > 1e-3
+
+
+def test_position_table_that_was_loaded_is_the_one_used(params, inputs):
+    moved = {**params, "position_table": jnp.zeros_like(params["position_table"])}
+    assert (
+        golden.deviation(golden.predictor(moved)(*inputs), golden.predictor(params)(*inputs)) > 0.1
+    )
+
+
+def test_unconditional_model_has_no_labels():
+    config = dataclasses.replace(golden.MICRO, num_classes=0)
+    params = random_params(config)
+    assert "label_embedding" not in params
+    assert config.null_label is None
+    x, t, labels = random_inputs(config)
+    out = SiT(config).apply({"params": params}, x, t, labels)
+    assert (labels, out.shape) == (None, x.shape)
+    assert float(jnp.abs(out).max()) > 1e-3
+
+
+def test_model_without_a_null_class_has_a_row_per_class_only():
+    config = dataclasses.replace(golden.MICRO, null_class=False)
+    table = SiT(config).initialise(jax.random.key(0))["label_embedding"]["embedding"]
+    assert (table.shape, config.null_label) == ((10, 24), None)
+
+
+def test_unused_output_channels_do_not_matter(params, inputs):
+    config = dataclasses.replace(golden.SIT, learn_sigma=False)
+
+    def keep(array):
+        half = rearrange(array, "... (p q c) -> ... p q c", p=2, q=2)[..., : config.in_channels]
+        return rearrange(half, "... p q c -> ... (p q c)")
+
+    linear = jax.tree.map(keep, params["final"]["linear"])
+    halved = {**params, "final": {**params["final"], "linear": linear}}
+    expected = golden.predictor(params)(*inputs)
+    # The same products with half of the columns; XLA may tile them differently.
+    np.testing.assert_allclose(
+        golden.predictor(halved, config)(*inputs), expected, rtol=0, atol=golden.FORWARD
+    )
+
+
+def test_patches_of_other_sizes_return_to_their_place():
+    config = SiTConfig(
+        input_size=12,
+        patch_size=4,
+        in_channels=3,
+        hidden_size=48,
+        depth=2,
+        num_heads=3,
+        num_classes=5,
+        learn_sigma=False,
+    )
+    # Gates of zero keep the tokens apart, so that an output patch sees its own input patch only.
+    params = SiT(config).initialise(jax.random.key(0))
+    kernel = params["final"]["linear"]["kernel"]
+    assert kernel.shape == (48, 4 * 4 * 3)
+    params["final"]["linear"]["kernel"] = jax.random.normal(jax.random.key(1), kernel.shape)
+    x, t, labels = random_inputs(config)
+    apply = jax.jit(lambda x: SiT(config).apply({"params": params}, x, t, labels))
+    moved = np.abs(np.asarray(apply(x.at[:, 5, 9, 1].add(1.0)) - apply(x)))
+    assert moved.shape == (3, 12, 12, 3)
+    assert moved[:, 4:8, 8:12].min() > 0
+    moved[:, 4:8, 8:12] = 0
+    np.testing.assert_array_equal(moved, np.zeros_like(moved))
+
+
+def parameter_count(config):
+    abstract = jax.eval_shape(SiT(config).initialise, jax.random.key(0))
+    return sum(leaf.size for leaf in jax.tree.leaves(abstract))
+
+
+def expected_count(depth, width, patch, channels, scale=1, classes=1000, side=32):
+    """Counted by hand from the architecture, linear layer by linear layer."""
+
+    def linear(fan_in, fan_out):
+        return fan_in * fan_out + fan_out
+
+    block = linear(width, 3 * width) + linear(width, width) + linear(width, 6 * width)
+    block += linear(width, 4 * width) + linear(4 * width, width)
+    embedders = linear(patch**2 * channels * scale, width) + linear(256, width)
+    embedders += linear(width, width) + (classes + 1) * width + (side // patch) ** 2 * width
+    final = linear(width, 2 * width) + linear(width, patch**2 * channels * 2)
+    return depth * block + embedders + final
+
+
+# SiT models.py, SiT_models.
+PUBLISHED = {"S": (12, 384, 6), "B": (12, 768, 12), "L": (24, 1024, 16), "XL": (28, 1152, 16)}
+
+
+@pytest.mark.parametrize("patch", [2, 4, 8])
+@pytest.mark.parametrize("size", PUBLISHED)
+def test_named_size_has_the_published_architecture(size, patch):
+    config = SiTConfig.named(f"SiT-{size}/{patch}", input_size=32, in_channels=4, num_classes=1000)
+    depth, width, heads = PUBLISHED[size]
+    assert (config.depth, config.hidden_size, config.num_heads) == (depth, width, heads)
+    assert config.patch_size == patch
+    assert parameter_count(config) == expected_count(depth, width, patch, 4)
+
+
+@pytest.mark.parametrize(
+    ("name", "millions"),
+    [("SiT-S/2", 33.0), ("SiT-B/2", 130.5), ("SiT-L/2", 458.1), ("SiT-XL/2", 675.13)],
+)
+def test_named_size_has_the_published_number_of_parameters(name, millions):
+    config = SiTConfig.named(name, input_size=32, in_channels=4, num_classes=1000)
+    digits = 2 if name == "SiT-XL/2" else 1
+    assert round(parameter_count(config) / 1e6, digits) == millions
+
+
+def test_refiner_of_the_largest_size_has_29_71_million_parameters():
+    config = SiTConfig.named("SiT-XL/2", input_size=32, in_channels=4, num_classes=1000).refiner()
+    assert (config.depth, config.in_channels_scale, config.hidden_size) == (1, 2, 1152)
+    assert parameter_count(config) == expected_count(1, 1152, 2, 4, scale=2)
+    assert round(parameter_count(config) / 1e6, 2) == 29.71
+
+
+def test_refiner_and_named_take_overrides():
+    fields = {"input_size": 16, "in_channels": 3, "num_classes": 0}
+    config = SiTConfig.named("SiT-B/4", **fields, depth=5, patch_size=8)
+    assert (config.depth, config.patch_size, config.hidden_size) == (5, 8, 768)
+    assert config.refiner(depth=2, hidden_size=96).hidden_size == 96
+    assert config.shape == (16, 16, 3)
+
+
+@pytest.mark.parametrize("name", ["SiT-XXL/2", "SiT-XL/3", "DiT-XL/2", "SiT-XL", "SiT-XL/2/2", ""])
+def test_unknown_size_is_refused(name):
+    with pytest.raises(InputError, match=r"unknown SiT size .* known are SiT-\{S,B,L,XL\}"):
+        SiTConfig.named(name, input_size=32, in_channels=4, num_classes=1000)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"input_size": 0}, "input_size is 0; it must be a positive integer"),
+        ({"in_channels": -4}, "in_channels is -4; it must be a positive"),
+        ({"patch_size": 2.0}, "patch_size is 2.0; it must be a positive integer"),
+        ({"hidden_size": "64"}, "hidden_size is '64'; it must be"),
+        ({"depth": 0}, "depth is 0"),
+        ({"num_heads": 0}, "num_heads is 0"),
+        ({"frequency_embedding_size": 0}, "frequency_embedding_size is 0"),
+        ({"in_channels_scale": 0}, "in_channels_scale is 0"),
+        ({"num_classes": -1}, "num_classes is -1; it must be 0 or more"),
+        ({"num_classes": 10.0}, "num_classes is 10.0; it must be 0 or more"),
+        ({"mlp_ratio": 0.0}, "mlp_ratio is 0.0; it must be positive"),
+        ({"patch_size": 3}, "input_size 8 is not divisible by 3"),
+        ({"num_heads": 5}, "hidden_size 64 is not divisible by 5"),
+        ({"hidden_size": 6, "num_heads": 3}, "hidden_size 6 is not divisible by 4"),
+        ({"frequency_embedding_size": 255}, "frequency_embedding_size 255 is not divisible by 2"),
+    ],
+)
+def test_config_refuses_what_cannot_be_built(changes, message):
+    with pytest.raises(InputError, match=message):
+        dataclasses.replace(golden.SIT, **changes)
+
+
+def test_unknown_family_is_refused():
+    with pytest.raises(InputError, match="unknown model family 'dit'; known are .*sit"):
+        family("dit")
+    assert family("sit").predictor(golden.SIT, remat=True) == SiT(golden.SIT, remat=True)
