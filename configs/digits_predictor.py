@@ -8,6 +8,7 @@ from flowturbo_jax.train_config import TrainConfig
 
 def get_config():
     return TrainConfig(
+        name="digits_predictor",
         objective="flow_matching",
         data="digits",
         model={
@@ -21,7 +22,7 @@ def get_config():
             "num_classes": 10,
             "learn_sigma": False,
         },
-        steps=12_000,
+        steps=8_000,
         batch_size=128,
         learning_rate=1e-3,
         learning_rate_decay="cosine",

@@ -8,10 +8,11 @@ from flowturbo_jax.train_config import TrainConfig
 
 def get_config():
     return TrainConfig(
+        name="digits_refiner",
         objective="refiner",
         data="digits",
         model_dir="digits",
-        model={},
+        model={"depth": 1},
         steps=4_000,
         batch_size=64,
         learning_rate=1e-3,

@@ -1,4 +1,4 @@
-"""Where training writes its numbers: JSON lines, TensorBoard and the log."""
+"""Where training writes its numbers: JSON lines, TensorBoard and standard output."""
 
 import json
 from collections.abc import Mapping
@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from absl import logging
+from tqdm import tqdm
 
 
 class Logbook:
@@ -45,7 +45,7 @@ class Logbook:
         for name, value in values.items():
             self._board.add_scalar(name, value, step)
         text = "  ".join(f"{name} {value:.4g}" for name, value in values.items())
-        logging.info("step %d  %s", step, text)
+        tqdm.write(f"step {step}  {text}")
 
     def picture(self, step: int, name: str, picture: np.ndarray) -> None:
         """Records a picture `[H, W, 3]` uint8 in TensorBoard."""

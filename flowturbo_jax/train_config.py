@@ -15,7 +15,7 @@ from flowturbo_jax.schedule import Schedule
 OBJECTIVES = ("flow_matching", "refiner")
 DECAYS = ("constant", "cosine")
 # Keys that may differ when a run is resumed: they do not change what is computed.
-FREE_KEYS = ("log_every", "evaluate_every", "checkpoint_every", "allow_config_change")
+FREE_KEYS = ("name", "log_every", "evaluate_every", "checkpoint_every", "allow_config_change")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,6 +23,7 @@ class TrainConfig:
     """A training recipe, validated at construction; configs/ holds the ready ones.
 
     Attributes:
+      name: of the recipe, and of its folder in runs/.
       objective: "flow_matching" trains a predictor, "refiner" a refiner of model_dir's predictor.
       data: name of the data set, as `data.open_source` takes it.
       model_dir: model directory of the teacher (refiner only).
@@ -56,6 +57,7 @@ class TrainConfig:
       allow_config_change: resume although the recipe changed.
     """
 
+    name: str
     objective: str
     data: str
     model: Mapping[str, Any]

@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import logging
 from tqdm import tqdm
 
 from flowturbo_jax import data, images, model_directory, objective, parallel, train_state
@@ -108,7 +107,6 @@ def train_and_evaluate(config: Any, workdir: str | Path) -> TrainState:
                 if stop.is_set():
                     break
     if int(state.step) < config.steps:
-        logging.info("stopped at step %d; the same command continues the run", int(state.step))
         return state
     model = task.model(jax.tree.map(np.asarray, state.ema_params))
     model_directory.save(
@@ -302,7 +300,7 @@ def _resume(checkpoints: Checkpoints, state: TrainState, config: TrainConfig) ->
             f"the run was begun with another config ({'; '.join(changed)}); choose another "
             "workdir, or set allow_config_change"
         )
-    logging.info("resuming from step %d", checkpoints.latest_step)
+    tqdm.write(f"resuming from step {checkpoints.latest_step}")
     return checkpoints.state(state)
 
 

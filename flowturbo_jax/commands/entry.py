@@ -1,0 +1,90 @@
+"""How every command starts and fails: flags to a config, errors to one line and exit code 2."""
+
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from absl import flags
+from ml_collections import ConfigDict, config_flags
+
+from flowturbo_jax.interfaces import InputError
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def run(main: Callable[[Sequence[str]], None], argv: Sequence[str] | None = None) -> NoReturn:
+    """Runs a command and exits: 0 if it worked, 2 on bad input, 130 if it was interrupted.
+
+    Args:
+      main: takes the whole argv; raises InputError on bad input.
+      argv: the command line, the program's name first; the process's own by default.
+    """
+    try:
+        main(sys.argv if argv is None else argv)
+    except InputError as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
+    sys.exit(0)
+
+
+def read_flags(argv: Sequence[str], recipe: Path, usage: str, **strings: str) -> Any:
+    """Reads `--config=FILE`, `--config.KEY=VALUE` and plain string flags.
+
+    Args:
+      argv: the command line, the program's name first.
+      recipe: the config file used unless another is given.
+      usage: what `--help` says before it lists the config's keys.
+      **strings: further flags and their defaults.
+
+    Returns:
+      The parsed flags: `.config` is a ConfigDict, the others are text.
+
+    Raises:
+      InputError: a flag or config key is unknown, a value has the wrong type, or the config file
+        cannot be read.
+    """
+    values = flags.FlagValues()
+    asked = [argument for argument in argv[1:] if argument in ("--help", "-h", "-help")]
+    argv = [argument for argument in argv if argument not in asked]
+    try:
+        config_flags.DEFINE_config_file(
+            "config", str(recipe), "the recipe", flag_values=values, sys_argv=list(argv)
+        )
+        for name, default in strings.items():
+            flags.DEFINE_string(name, default, name, flag_values=values)
+        rest = values(list(argv))[1:]
+        config = values.config  # reading it shows a config file that failed to load
+    except (AttributeError, KeyError) as error:
+        keys = [a.split("=")[0] for a in argv if a.startswith(("--config.", "-config."))]
+        text = str(error).strip("\"'")
+        raise InputError(
+            f"unknown config key {text} (given: {', '.join(keys)}); --help lists all"
+        ) from error
+    except flags.Error as error:
+        raise InputError(f"{error}; --help lists all flags") from error
+    except (OSError, ImportError, SyntaxError, TypeError, ValueError) as error:
+        raise InputError(f"the config file cannot be read: {error}") from error
+    if rest:
+        raise InputError(f"unexpected argument {rest[0]!r}; flags begin with --")
+    if asked:
+        print(usage, end="\n\n")
+        for name, default in strings.items():
+            print(f"  --{name}={default}")
+        for key, value in _items(config):
+            print(f"  --config.{key}={value}")
+        sys.exit(0)
+    return values
+
+
+def _items(config: ConfigDict, prefix: str = "") -> list[tuple[str, Any]]:
+    items = []
+    for key, value in config.items():
+        if isinstance(value, ConfigDict):
+            items += _items(value, f"{prefix}{key}.")
+        else:
+            items.append((prefix + key, value))
+    return items

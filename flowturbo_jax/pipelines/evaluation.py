@@ -1,0 +1,217 @@
+"""How good and how fast a schedule is: many samples, their scores, and what exactly was done."""
+
+import importlib.metadata
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from flowturbo_jax import data, model_directory
+from flowturbo_jax.interfaces import InputError
+from flowturbo_jax.metrics import (
+    PIXELS,
+    DigitsClassifier,
+    FeatureNetwork,
+    Statistics,
+    frechet_distance,
+    statistics,
+)
+from flowturbo_jax.pipelines.class_to_image import ClassToImage
+from flowturbo_jax.schedule import Schedule
+
+LIBRARIES = ("jax", "jaxlib", "flax", "numpy", "scikit-learn")
+
+
+class Generated(NamedTuple):
+    """Samples of one schedule.
+
+    Attributes:
+      images: `[N, H, W, C]` uint8.
+      labels: `[N]` int32.
+      ms_per_image: median over batches of wall time per image, in ms, compilation left out.
+      compile_seconds: wall time of the first call, which compiles, in s.
+    """
+
+    images: np.ndarray
+    labels: np.ndarray
+    ms_per_image: float
+    compile_seconds: float
+
+
+class Reference(NamedTuple):
+    """Real data to compare samples with.
+
+    Attributes:
+      source: name and sha256 of the data.
+      features: the feature network.
+      statistics: of the real data's features.
+      classifier: judge of labels, fitted on the real data.
+    """
+
+    source: tuple[str, str]
+    features: FeatureNetwork
+    statistics: Statistics
+    classifier: DigitsClassifier
+
+
+def balanced_labels(count: int, classes: int) -> np.ndarray:
+    """Labels 0, 1, ..., classes - 1, 0, ... `[count]` int32."""
+    return (np.arange(count) % max(classes, 1)).astype(np.int32)
+
+
+def generate(
+    pipe: ClassToImage,
+    labels: np.ndarray,
+    schedule: Schedule | str,
+    *,
+    seed: int = 0,
+    batch_size: int = 250,
+    guidance: str | None = None,
+    guidance_scale: float | None = None,
+    on_batch: Callable[[int], Any] = lambda done: None,
+) -> Generated:
+    """Samples one image per label, in batches of one shape.
+
+    Args:
+      pipe: the model.
+      labels: `[N]` int.
+      schedule: which block makes each step.
+      seed: image i is image i of this seed, whatever the batch size.
+      batch_size: images per call; the last batch is filled up and cut.
+      guidance: "paired", "official" or "none"; the model's default if None.
+      guidance_scale: the model's default if None.
+      on_batch: called with the number of images a batch added, for a progress bar.
+
+    Raises:
+      InputError: as `ClassToImage.__call__`, or there are no labels, or batch_size is below 1.
+    """
+    if len(labels) < 1 or batch_size < 1:
+        raise InputError(
+            f"{len(labels)} samples in batches of {batch_size}: both must be 1 or more"
+        )
+    batch_size = min(batch_size, len(labels))
+
+    def call(first: int) -> tuple[np.ndarray, float]:
+        wanted = labels[first : first + batch_size]
+        padded = np.resize(wanted, batch_size)
+        begin = time.perf_counter()
+        images = pipe(
+            padded,
+            seeds=seed,
+            first_index=first,
+            schedule=schedule,
+            guidance=guidance,
+            guidance_scale=guidance_scale,
+        )
+        images = np.asarray(images)
+        return images[: len(wanted)], (time.perf_counter() - begin) / batch_size
+
+    _, compile_seconds = call(0)
+    parts, times = [], []
+    for first in range(0, len(labels), batch_size):
+        part, seconds = call(first)
+        parts.append(part)
+        times.append(seconds)
+        on_batch(len(part))
+    return Generated(
+        np.concatenate(parts),
+        np.asarray(labels),
+        float(np.median(times)) * 1e3,
+        compile_seconds * batch_size,
+    )
+
+
+def digits_reference() -> Reference:
+    """All real digits, compared by pixels, and a classifier fitted on three quarters of them."""
+    source = data.open_source("digits")
+    pixels, _ = data.arrays(source)
+    # A real image's bytes, as a sample's: both have gone through 8 bits.
+    real = np.asarray(np.round((pixels + 1) * 127.5), np.uint8)
+    return Reference(
+        (source.name, source.fingerprint),
+        PIXELS,
+        statistics(PIXELS.extract(real)),
+        DigitsClassifier(),
+    )
+
+
+def score(generated: Generated, reference: Reference) -> dict[str, float]:
+    """Fréchet distance to the reference, and how often the classifier sees the label asked for.
+
+    Raises:
+      InputError: the images are of another shape than the reference's.
+    """
+    features = reference.features.extract(generated.images)
+    if features.shape[1] != len(reference.statistics.mean):
+        raise InputError(
+            f"images of {generated.images.shape[1:]} have {features.shape[1]} features, the "
+            f"reference {reference.source[0]} has {len(reference.statistics.mean)}"
+        )
+    found = statistics(features)
+    real = reference.statistics
+    images = generated.images.astype(np.float32) / 127.5 - 1
+    return {
+        "frechet_distance": frechet_distance(
+            found.mean, found.covariance, real.mean, real.covariance
+        ),
+        "label_accuracy": reference.classifier.accuracy(images, generated.labels),
+    }
+
+
+def protocol_card(
+    pipe: ClassToImage,
+    schedule: Schedule | str,
+    *,
+    seed: int,
+    samples: int,
+    batch_size: int,
+    guidance: str | None,
+    guidance_scale: float | None,
+    reference: Reference | None,
+) -> dict[str, Any]:
+    """Everything a reader must know to repeat a measurement, and nothing measured.
+
+    Args:
+      pipe: the model.
+      schedule: which block makes each step.
+      seed: of the noise.
+      samples: number of images.
+      batch_size: images per call.
+      guidance: None for the model's default, which is then named.
+      guidance_scale: likewise.
+      reference: what the samples are compared with, if anything.
+    """
+    description, schedule = pipe.model.description, Schedule.parse(schedule)
+    mode = guidance or description.guidance
+    scale = description.guidance_scale if guidance_scale is None else guidance_scale
+    refiner_params = pipe.model.refiner_params
+    card = {
+        "schedule": str(schedule),
+        "steps": schedule.steps,
+        "predictor_evaluations": schedule.predictor_evaluations,
+        "refiner_evaluations": schedule.refiner_evaluations,
+        "guidance": mode,
+        "guidance_scale": 1.0 if mode == "none" else float(scale),
+        "guided_channels": description.guided_channels if mode == "official" else None,
+        "dtype": np.dtype(pipe.model.predictor.dtype).name,
+        "seed": seed,
+        "samples": samples,
+        "batch_size": batch_size,
+        "label_sampling": "balanced",
+        "predictor_sha256": model_directory.fingerprint(pipe.model.predictor_params),
+        "refiner_sha256": refiner_params and model_directory.fingerprint(refiner_params),
+        "device": f"{jax.devices()[0].device_kind} x {jax.device_count()}",
+        "versions": {name: importlib.metadata.version(name) for name in LIBRARIES},
+    }
+    if reference is not None:
+        card |= {
+            "feature_network": reference.features.name,
+            "feature_network_sha256": reference.features.fingerprint,
+            "reference": reference.source[0],
+            "reference_sha256": reference.source[1],
+            "label_classifier_sha256": reference.classifier.fingerprint,
+            "label_classifier_held_out_accuracy": reference.classifier.held_out_accuracy,
+        }
+    return card

@@ -1,0 +1,29 @@
+"""Trains a predictor or a refiner by a recipe.
+
+python train.py                                         the digits refiner, minutes on two cores
+python train.py --config=configs/digits_predictor.py    the digits predictor, from scratch
+python train.py --config=FILE --workdir=DIR --config.KEY=VALUE
+
+The folder --workdir (runs/NAME by default, NAME being the recipe's) gets checkpoints, metrics,
+samples and, at the end, model/. The same command continues a run that was stopped.
+"""
+
+from pathlib import Path
+
+from flowturbo_jax.commands import entry
+
+
+def main(argv):
+    flags = entry.read_flags(argv, entry.ROOT / "configs/digits_refiner.py", __doc__, workdir="")
+    from flowturbo_jax import trainer  # after the flags: a typing error should not wait for JAX
+
+    workdir = Path(flags.workdir or Path("runs") / flags.config.name)
+    state = trainer.train_and_evaluate(flags.config, workdir)
+    if int(state.step) < flags.config.steps:
+        print(f"stopped at step {int(state.step)}; the same command continues the run")
+    else:
+        print(f"wrote {workdir / 'model'}; sample it with --config.model_dir={workdir / 'model'}")
+
+
+if __name__ == "__main__":
+    entry.run(main)
