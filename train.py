@@ -8,15 +8,16 @@ The folder --workdir (runs/NAME by default, NAME being the recipe's) gets checkp
 samples and, at the end, model/. The same command continues a run that was stopped.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 
+from flowturbo_jax import trainer
 from flowturbo_jax.commands import entry
 
 
-def main(argv):
+def main(argv: Sequence[str]) -> None:
+    """Reads the flags, trains, and says what to do next."""
     flags = entry.read_flags(argv, entry.ROOT / "configs/digits_refiner.py", __doc__, workdir="")
-    from flowturbo_jax import trainer  # after the flags: a typing error should not wait for JAX
-
     workdir = Path(flags.workdir or Path("runs") / flags.config.name)
     state = trainer.train_and_evaluate(flags.config, workdir)
     if int(state.step) < flags.config.steps:

@@ -1,1 +1,18 @@
 """FlowTurbo in JAX: frozen flow-matching image generators, sampled several times faster."""
+
+from flowturbo_jax import metrics
+from flowturbo_jax.interfaces import Flow, InputError, State
+from flowturbo_jax.pipelines.class_to_image import ClassToImage
+from flowturbo_jax.sampler import integrate, sample
+from flowturbo_jax.schedule import Schedule
+
+__all__ = [
+    "ClassToImage",
+    "Flow",
+    "InputError",
+    "Schedule",
+    "State",
+    "integrate",
+    "metrics",
+    "sample",
+]

@@ -153,6 +153,11 @@ class Schedule:
         return sum(EVALUATIONS[run.block][1] * run.steps for run in self.runs)
 
     @property
+    def blocks(self) -> frozenset[str]:
+        """The letters of the blocks that occur."""
+        return frozenset(run.block for run in self.runs)
+
+    @property
     def needs_refiner(self) -> bool:
         """Whether any step is made by the refiner."""
         return self.refiner_evaluations > 0

@@ -1,12 +1,14 @@
 """Reads the golden arrays in fixtures/golden, and builds the networks that go with them."""
 
 import dataclasses
+from functools import cache, partial
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from einops import rearrange
+from flax import linen as nn
 from safetensors.numpy import load_file
 
 from flowturbo_jax import convert
@@ -58,14 +60,26 @@ def params(name: str, config: SiTConfig):
     return jax.tree.map(jnp.asarray, convert.params_from_state("sit", config, weights(name)))
 
 
+@partial(jax.jit, static_argnums=0)
+def apply(network: nn.Module, params, *inputs):
+    """A network's output, compiled once for each network and input shape."""
+    return network.apply({"params": params}, *inputs)
+
+
+@cache
+def fresh_params(config: SiTConfig):
+    """Newly initialised parameters; compiled, which is much faster than op by op."""
+    return jax.jit(SiT(config).initialise)(jax.random.key(0))
+
+
 def predictor(params, config: SiTConfig = SIT):
     """The function `(x, t, labels) -> velocity` of a predictor's parameters."""
-    return lambda x, t, labels: SiT(config).apply({"params": params}, x, t, labels)
+    return partial(apply, SiT(config), params)
 
 
-def refiner(params):
+def refiner(params, config: SiTConfig = REFINER):
     """The function `(x, v, t, labels) -> offset` of a refiner's parameters."""
-    return lambda x, v, t, labels: Refiner(SiT(REFINER)).apply({"params": params}, x, v, t, labels)
+    return partial(apply, Refiner(SiT(config)), params)
 
 
 def deviation(ours, theirs) -> float:

@@ -1,5 +1,6 @@
 """How every command starts and fails: flags to a config, errors to one line and exit code 2."""
 
+import argparse
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -31,6 +32,14 @@ def run(main: Callable[[Sequence[str]], None], argv: Sequence[str] | None = None
     sys.exit(0)
 
 
+class LineParser(argparse.ArgumentParser):
+    """An argument parser whose errors are InputErrors: one line, exit code 2."""
+
+    def error(self, message: str) -> NoReturn:
+        """Raises instead of printing the usage."""
+        raise InputError(f"{message}; --help lists all arguments")
+
+
 def read_flags(argv: Sequence[str], recipe: Path, usage: str, **strings: str) -> Any:
     """Reads `--config=FILE`, `--config.KEY=VALUE` and plain string flags.
 
@@ -57,7 +66,8 @@ def read_flags(argv: Sequence[str], recipe: Path, usage: str, **strings: str) ->
         for name, default in strings.items():
             flags.DEFINE_string(name, default, name, flag_values=values)
         rest = values(list(argv))[1:]
-        config = values.config  # reading it shows a config file that failed to load
+        config = values.config
+        _ = config.keys  # raises if the config file failed to load
     except (AttributeError, KeyError) as error:
         keys = [a.split("=")[0] for a in argv if a.startswith(("--config.", "-config."))]
         text = str(error).strip("\"'")

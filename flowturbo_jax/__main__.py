@@ -1,0 +1,25 @@
+"""`python -m flowturbo_jax COMMAND`: dispatches to the modules in commands/."""
+
+import importlib
+from collections.abc import Sequence
+
+from flowturbo_jax.commands import entry
+from flowturbo_jax.interfaces import InputError
+
+COMMANDS = {"evaluate": "measure schedules of a model directory: quality, cost, mean and spread"}
+
+
+def main(argv: Sequence[str]) -> None:
+    """Runs the command that argv names."""
+    if len(argv) < 2 or argv[1] in ("-h", "--help"):
+        print("python -m flowturbo_jax COMMAND [--help]\n")
+        for name, purpose in COMMANDS.items():
+            print(f"  {name:12s}{purpose}")
+        return
+    if argv[1] not in COMMANDS:
+        raise InputError(f"unknown command {argv[1]!r}; known are {', '.join(COMMANDS)}")
+    importlib.import_module(f"flowturbo_jax.commands.{argv[1]}").main(argv[1:])
+
+
+if __name__ == "__main__":
+    entry.run(main)
