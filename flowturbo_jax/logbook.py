@@ -55,6 +55,6 @@ class Logbook:
 def _step(line: str) -> float:
     """The step of a line; a line that was cut in the middle counts as too late to keep."""
     try:
-        return json.loads(line)["step"]
+        return float(json.loads(line)["step"])
     except (ValueError, KeyError, TypeError):
         return float("inf")

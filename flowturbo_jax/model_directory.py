@@ -87,7 +87,7 @@ class Description:
         if fields.keys() != names:
             missing, extra = sorted(names - fields.keys()), sorted(fields.keys() - names)
             raise InputError(f"model.json has the wrong keys: missing {missing}, unknown {extra}")
-        config = family(fields["family"]).config
+        config = family(str(fields["family"])).config
         for network in ("predictor", "refiner"):
             if fields[network] is not None:
                 try:

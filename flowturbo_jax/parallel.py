@@ -69,7 +69,10 @@ def check_batch_size(batch_size: int, devices: list[jax.Device] | None = None) -
     Raises:
       InputError: it does not; the message names the nearest sizes that do.
     """
-    count = len(devices or jax.local_devices())
+    _check_splits(batch_size, len(devices or jax.local_devices()))
+
+
+def _check_splits(batch_size: int, count: int) -> None:
     if batch_size % count:
         lower, upper = batch_size // count * count, (batch_size // count + 1) * count
         sizes = f"{lower} or {upper}" if lower else str(upper)
@@ -79,6 +82,5 @@ def check_batch_size(batch_size: int, devices: list[jax.Device] | None = None) -
 
 
 def _split(array: Any, count: int) -> Any:
-    if array.shape[0] % count:
-        check_batch_size(array.shape[0], [None] * count)
+    _check_splits(array.shape[0], count)
     return array.reshape(count, -1, *array.shape[1:])

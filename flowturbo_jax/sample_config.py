@@ -67,7 +67,7 @@ class SampleConfig:
         return (self.baseline, self.schedule) if self.baseline else (self.schedule,)
 
     @classmethod
-    def create(cls, config: Mapping[str, Any]) -> "SampleConfig":
+    def create(cls, config: Mapping[str, Any] | ConfigDict) -> "SampleConfig":
         """The recipe of a plain mapping, such as a ConfigDict.
 
         Raises:

@@ -126,7 +126,7 @@ class TrainConfig:
         Schedule.parse(self.schedule)
 
     @classmethod
-    def create(cls, config: Mapping[str, Any]) -> "TrainConfig":
+    def create(cls, config: Mapping[str, Any] | ConfigDict) -> "TrainConfig":
         """The recipe of a plain mapping, such as a ConfigDict.
 
         Raises:

@@ -91,8 +91,12 @@ def train_and_evaluate(config: Any, workdir: str | Path) -> TrainState:
                 state, metrics = step_function(state, frozen, _with_index(batches[step]))
                 bar.update()
                 done = step + 1
-                if _due(done, config.log_every, config.steps):
+                stopping = stop.is_set()  # once: a signal may come at any moment
+                save = stopping or _due(done, config.checkpoint_every, config.steps)
+                log = _due(done, config.log_every, config.steps)
+                if save or log:
                     _check_finite(metrics, done, checkpoints.latest_step)
+                if log:
                     logbook.scalars(done, {f"train/{k}": v for k, v in metrics.items()})
                     bar.set_postfix(loss=f"{float(metrics['loss']):.4f}")
                 if _due(done, config.evaluate_every, config.steps):
@@ -102,9 +106,9 @@ def train_and_evaluate(config: Any, workdir: str | Path) -> TrainState:
                     picture = _sample_grid(task.model(state.ema_params), config)
                     images.save_png(workdir / "samples" / f"{done:07d}.png", picture)
                     logbook.picture(done, "samples", picture)
-                if _due(done, config.checkpoint_every, config.steps) or stop.is_set():
+                if save:
                     checkpoints.save(done, state, dataclasses.asdict(config))
-                if stop.is_set():
+                if stopping:
                     break
     if int(state.step) < config.steps:
         return state
@@ -271,7 +275,7 @@ def _check_fits(network_config: Any, source: data.DataSource) -> None:
 
 
 def _with_index(batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    return {**batch, "index": np.arange(len(batch["data"]), dtype=np.uint32)}
+    return {**batch, "index": np.arange(len(batch["data"]), dtype=np.int32)}
 
 
 def _due(done: int, every: int, steps: int) -> bool:

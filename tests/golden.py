@@ -55,6 +55,7 @@ def weights(name: str) -> dict[str, np.ndarray]:
     return load_file(FOLDER / f"{name}.safetensors")
 
 
+@cache
 def params(name: str, config: SiTConfig):
     """The parameters of a stored state dict."""
     return jax.tree.map(jnp.asarray, convert.params_from_state("sit", config, weights(name)))

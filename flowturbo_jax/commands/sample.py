@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from flowturbo_jax import images
@@ -19,7 +20,7 @@ from flowturbo_jax.schedule import Schedule
 COLUMNS = 8
 
 
-def sample(config: Mapping[str, Any]) -> dict[str, Any]:
+def sample(config: Mapping[str, Any] | ConfigDict) -> dict[str, Any]:
     """Samples by a recipe and writes `OUT/NAME.png` and `OUT/NAME.json`.
 
     Args:

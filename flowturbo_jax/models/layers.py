@@ -59,11 +59,15 @@ def modulate(x: Tokens, shift: Vectors, scale: Vectors) -> Tokens:
     return x * (1 + scale[:, None, :]) + shift[:, None, :]
 
 
-def layer_norm(dtype: Any) -> nn.LayerNorm:
-    """Layer norm without affine parameters; statistics in float32 by two passes, as PyTorch's."""
-    return nn.LayerNorm(
-        epsilon=NORM_EPSILON, use_bias=False, use_scale=False, dtype=dtype, use_fast_variance=False
-    )
+def layer_norm(x: Tokens) -> Tokens:
+    """Layer norm over the last axis without affine parameters, in float32, dtype of x.
+
+    Source: SiT models.py; variance in two passes, as PyTorch's.
+    """
+    h = x.astype(jnp.float32)
+    h = h - jnp.mean(h, axis=-1, keepdims=True)
+    variance = jnp.mean(jnp.square(h), axis=-1, keepdims=True)
+    return (h * jax.lax.rsqrt(variance + NORM_EPSILON)).astype(x.dtype)
 
 
 def dense(features: int, dtype: Any, kernel_init: Callable | None = None, name: str | None = None):
@@ -98,7 +102,9 @@ class Attention(nn.Module):
         width = x.shape[-1]
         qkv = dense(3 * width, self.dtype, name="qkv")(x)
         q, k, v = rearrange(qkv, "b t (three n h) -> three b t n h", three=3, n=self.num_heads)
-        out = jax.nn.dot_product_attention(q, k, v)
+        # jax.nn mixes bfloat16 and its float32 softmax, which strict dtype promotion forbids.
+        with jax.numpy_dtype_promotion("standard"):
+            out = jax.nn.dot_product_attention(q, k, v)
         return dense(width, self.dtype, name="out")(rearrange(out, "b t n h -> b t (n h)"))
 
 
@@ -130,9 +136,9 @@ class TransformerBlock(nn.Module):
         zeros = nn.initializers.zeros
         six = dense(6 * width, self.dtype, zeros, name="modulation")(nn.silu(c))
         shift1, scale1, gate1, shift2, scale2, gate2 = jnp.split(six, 6, axis=-1)
-        h = modulate(layer_norm(self.dtype)(x), shift1, scale1)
+        h = modulate(layer_norm(x), shift1, scale1)
         x = x + gate1[:, None, :] * Attention(self.num_heads, self.dtype, name="attention")(h)
-        h = modulate(layer_norm(self.dtype)(x), shift2, scale2)
+        h = modulate(layer_norm(x), shift2, scale2)
         mlp = Mlp(int(width * self.mlp_ratio), self.dtype, name="mlp")
         return x + gate2[:, None, :] * mlp(h), None
 
@@ -144,9 +150,9 @@ class FinalLayer(nn.Module):
     dtype: Any
 
     @nn.compact
-    def __call__(self, x: Tokens, c: Vectors) -> Tokens:
+    def __call__(self, x: Tokens, c: Vectors) -> Float[Array, "batch tokens features"]:
         zeros = nn.initializers.zeros
         two = dense(2 * x.shape[-1], self.dtype, zeros, name="modulation")(nn.silu(c))
         shift, scale = jnp.split(two, 2, axis=-1)
-        x = modulate(layer_norm(self.dtype)(x), shift, scale)
+        x = modulate(layer_norm(x), shift, scale)
         return dense(self.features, self.dtype, zeros, name="linear")(x)

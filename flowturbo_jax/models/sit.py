@@ -10,8 +10,9 @@ import jax
 import jax.numpy as jnp
 from einops import rearrange
 from flax import linen as nn
+from jaxtyping import Array, Float
 
-from flowturbo_jax.interfaces import BatchTime, InputError, Labels, Latents, Params, Time
+from flowturbo_jax.interfaces import BatchTime, InputError, Labels, Params, Time
 from flowturbo_jax.models import layers
 
 # SiT models.py, SiT_models: depth, hidden size, heads.
@@ -126,7 +127,12 @@ class SiT(nn.Module):
     unroll: bool = False
 
     @nn.compact
-    def __call__(self, x: Latents, t: Time | BatchTime, labels: Labels | None) -> Latents:
+    def __call__(
+        self,
+        x: Float[Array, "batch height width inputs"],
+        t: Time | BatchTime,
+        labels: Labels | None,
+    ) -> Float[Array, "batch height width channels"]:
         """Evaluates the network.
 
         Args:

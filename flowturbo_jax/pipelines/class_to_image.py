@@ -52,7 +52,7 @@ class ClassToImage:
         seeds: int | Sequence[int] | np.ndarray = 0,
         first_index: int = 0,
         schedule: str | Schedule = DEFAULT_SCHEDULE,
-        guidance_scale: float | None = None,
+        guidance_scale: float | int | None = None,
         guidance: str | None = None,
     ) -> ImageBytes:
         """Samples one image per label.
@@ -85,7 +85,7 @@ class ClassToImage:
         labels: Sequence[int] | np.ndarray | jax.Array,
         *,
         schedule: str | Schedule = DEFAULT_SCHEDULE,
-        guidance_scale: float | None = None,
+        guidance_scale: float | int | None = None,
         guidance: str | None = None,
     ) -> Latents:
         """Samples latents from given noise.
@@ -131,7 +131,7 @@ class ClassToImage:
         return jnp.asarray(labels, jnp.int32)
 
     def _settings(
-        self, schedule: str | Schedule, scale: float | None, mode: str | None
+        self, schedule: str | Schedule, scale: float | int | None, mode: str | None
     ) -> tuple[dict[str, Any], jax.Array]:
         """What selects a program, and the guidance scale as its argument."""
         description = self.model.description

@@ -1,0 +1,152 @@
+import json
+import os
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+import tiny
+
+from flowturbo_jax import model_directory
+from flowturbo_jax.interfaces import InputError
+from flowturbo_jax.model_directory import Description
+
+
+def test_a_saved_model_loads_bit_for_bit(tmp_path):
+    described = tiny.description()
+    kind = model_directory.family("sit")
+    predictor = tiny.random_params(kind.predictor(described.predictor))
+    refiner = tiny.random_params(kind.refiner(described.refiner))
+    model_directory.save(tmp_path / "m", described, predictor, refiner)
+    model = model_directory.load(tmp_path / "m")
+    assert model.description == described
+    for saved, loaded in ((predictor, model.predictor_params), (refiner, model.refiner_params)):
+        same = jax.tree.map(lambda a, b: bool((np.asarray(a) == b).all()), saved, loaded)
+        assert all(jax.tree.leaves(same))
+
+
+def test_saving_replaces_a_model_whole_and_leaves_nothing_else(tmp_path):
+    tiny.save_model(tmp_path / "m", refiner=True)
+    tiny.save_model(tmp_path / "m", refiner=False)
+    assert model_directory.load(tmp_path / "m").refiner is None
+    assert sorted(path.name for path in (tmp_path / "m").iterdir()) == ["model.json", "predictor"]
+    assert [path.name for path in tmp_path.iterdir()] == ["m"]
+
+
+def test_a_failed_save_keeps_the_old_model_and_leaves_no_draft(tmp_path, monkeypatch):
+    tiny.save_model(tmp_path / "m")
+
+    def fail(*_):
+        raise OSError("disk full")
+
+    monkeypatch.setattr(model_directory, "save_params", fail)
+    with pytest.raises(OSError, match="disk full"):
+        tiny.save_model(tmp_path / "m")
+    assert [path.name for path in tmp_path.iterdir()] == ["m"]
+    assert model_directory.load(tmp_path / "m").refiner is not None
+
+
+def test_saving_does_not_replace_a_folder_that_is_no_model(tmp_path):
+    (tmp_path / "m").mkdir()
+    (tmp_path / "m" / "thesis.txt").write_text("years of work")
+    with pytest.raises(InputError, match="is no model directory"):
+        tiny.save_model(tmp_path / "m")
+    assert (tmp_path / "m" / "thesis.txt").read_text() == "years of work"
+
+
+def test_missing_directories_are_named(tmp_path):
+    with pytest.raises(InputError, match="no model directory at 'nowhere'"):
+        model_directory.load("nowhere")
+    with pytest.raises(InputError, match=r"has no model\.json"):
+        model_directory.load(tmp_path)
+
+
+def test_a_missing_network_is_named(tmp_path):
+    directory = tiny.save_model(tmp_path / "m")
+    os.rename(directory / "refiner", directory / "hidden")
+    with pytest.raises(InputError, match=r"m/refiner; the folder does not exist"):
+        model_directory.load(directory)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda text: text[: len(text) // 2], "is not JSON"),
+        (lambda text: "[]", "not of format"),
+        (lambda text: "3", "is not JSON"),
+        (lambda text: text.replace('"format": 1', '"format": 99'), "not of format 1"),
+        (lambda text: text.replace('"source"', '"sauce"'), r"missing \['source'\].*sauce"),
+        (lambda text: text.replace('"sit"', '"dit"'), "unknown model family 'dit'"),
+        (lambda text: text.replace('"depth"', '"deep"'), "predictor: .*dep"),
+        (lambda text: text.replace('"hidden_size": 8', '"hidden_size": 9'), "not divisible"),
+        (lambda text: text.replace('"guidance": "paired"', '"guidance": "x"'), "guidance is 'x'"),
+        (lambda text: text.replace('"nine"', '"nine", "ten"'), "11 class names for 10"),
+        (lambda text: text.replace('"sit"', "[]"), "unknown model family"),
+    ],
+)
+def test_a_wrong_description_is_refused_with_the_reason(tmp_path, change, message):
+    directory = tiny.save_model(tmp_path / "m")
+    text = (directory / "model.json").read_text()
+    assert change(text) != text
+    (directory / "model.json").write_text(change(text))
+    with pytest.raises(InputError, match=message):
+        model_directory.load(directory)
+
+
+def test_a_refiner_for_another_models_shape_is_refused():
+    described = tiny.description()
+    fields = json.loads(described.to_json())
+    fields["refiner"]["in_channels"] = 4
+    with pytest.raises(InputError, match="refiner is for another model's shape"):
+        Description.from_json(json.dumps(fields))
+
+
+def test_weights_of_another_model_are_refused_by_tensor_name(tmp_path):
+    directory = tiny.save_model(tmp_path / "m")
+    other = tiny.save_model(tmp_path / "other", hidden_size=16)
+    os.rename(directory / "predictor", tmp_path / "old")
+    os.rename(other / "predictor", directory / "predictor")
+    with pytest.raises(InputError, match=r"are of another model: .*kernel is \["):
+        model_directory.load(directory)
+
+
+def _files(directory: Path) -> list[Path]:
+    return [path for path in directory.rglob("*") if path.is_file()]
+
+
+def _load_or_message(directory: Path) -> str:
+    """The fingerprint of the predictor, or the message with which loading it was refused."""
+    try:
+        return model_directory.fingerprint(model_directory.load(directory).predictor_params)
+    except InputError as error:
+        return str(error)
+
+
+def test_a_cut_or_missing_weight_file_is_refused_in_one_line(tmp_path):
+    """Every file Orbax wrote, cut to half and removed in turn, is refused or not needed."""
+    directory = tiny.save_model(tmp_path / "m", refiner=False)
+    whole = model_directory.fingerprint(model_directory.load(directory).predictor_params)
+    refused = 0
+    for path in _files(directory / "predictor"):
+        content = path.read_bytes()
+        for damage in (lambda p, c: p.write_bytes(c[: len(c) // 2]), lambda p, c: p.unlink()):
+            damage(path, content)
+            found = _load_or_message(directory)
+            refused += found != whole
+            assert found == whole or "damaged or incomplete" in found, path
+            assert len(found) < 600, path
+            path.write_bytes(content)
+    assert refused >= 4
+    assert model_directory.fingerprint(model_directory.load(directory).predictor_params) == whole
+
+
+def test_fingerprint_tells_parameters_apart():
+    params = {"a": np.zeros(3, np.float32), "b": np.ones(2, np.float32)}
+    other = {"a": np.zeros(3, np.float32), "b": np.asarray([1, 1.0000001], np.float32)}
+    assert model_directory.fingerprint(params) == model_directory.fingerprint(dict(params))
+    assert model_directory.fingerprint(params) != model_directory.fingerprint(other)
+
+
+def test_unknown_dtype_is_refused():
+    with pytest.raises(InputError, match="dtype is 'float17'"):
+        model_directory.network_dtype("float17")

@@ -1,0 +1,258 @@
+"""Schedules: what can be written, what it costs, and when its steps happen."""
+
+import random
+import re
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from flowturbo_jax.interfaces import InputError
+from flowturbo_jax.schedule import Run, Schedule
+
+
+def letters(text):
+    """The blocks of a schedule one by one, as in HHPPR."""
+    return [run.block for run in Schedule.parse(text).runs for _ in range(run.steps)]
+
+
+@pytest.mark.parametrize(
+    ("text", "blocks"),
+    [
+        ("H1P5R3", "H P P P P P R R R"),
+        ("P5H2R1", "P P P P P H H R"),
+        ("E3", "E E E"),
+        ("H1R1Rc2P1Rc1", "H R Rc Rc P Rc"),
+        ("(H1P1R1)x2", "H P R H P R"),
+        ("H2(P1R1)x2E1", "H H P R P R E"),
+        ("((H1P1)x2R1)x2", "H P H P R H P H P R"),
+        ("(H1)x3", "H H H"),
+        ("  H1 P2  ( R1 )x1  ", "H P P R"),
+        ("H0P3R0", "P P P"),
+        ("R0H1", "H"),
+        ("(R1P1)x0E1", "E"),
+        ("H010", "H " * 10),
+        ("H10000", "H " * 10_000),
+    ],
+)
+def test_text_means_these_blocks(text, blocks):
+    assert letters(text) == blocks.split()
+
+
+@pytest.mark.parametrize(
+    ("text", "canonical"),
+    [
+        ("H1H1P1", "H2P1"),
+        ("(H1)x3", "H3"),
+        ("H1P1R1H1P1R1", "(H1P1R1)x2"),
+        ("((H1P1)x2)x3", "(H1P1)x6"),
+        ("((H1P1)x2R1)x2", "(H1P1H1P1R1)x2"),
+        ("(H1P1H1)x2", "H1P1H2P1H1"),
+        ("H2P0R2", "H2R2"),
+        ("H1 Rc2", "H1Rc2"),
+    ],
+)
+def test_equal_schedules_have_one_text(text, canonical):
+    schedule = Schedule.parse(text)
+    assert str(schedule) == canonical
+    assert schedule == Schedule.parse(canonical)
+    assert hash(schedule) == hash(Schedule.parse(canonical))
+
+
+def test_any_schedule_survives_its_own_text():
+    rng = random.Random(0)
+
+    def text(depth):
+        parts = []
+        for _ in range(rng.randint(1, 4)):
+            if depth and rng.random() < 0.4:
+                parts.append(f"({text(depth - 1)})x{rng.randint(1, 3)}")
+            else:
+                parts.append(f"{rng.choice(['E', 'H', 'P', 'R', 'Rc'])}{rng.randint(1, 3)}")
+        return "".join(parts)
+
+    for _ in range(300):
+        written = "H1" + text(2)
+        schedule = Schedule.parse(written)
+        assert Schedule.parse(str(schedule)) == schedule, written
+        assert len(str(schedule)) <= len("".join(f"{r.block}{r.steps}" for r in schedule.runs))
+        assert schedule.steps == len(letters(written))
+        assert all(
+            a.block != b.block for a, b in zip(schedule.runs, schedule.runs[1:], strict=False)
+        )
+
+
+def test_schedule_is_given_back_as_it_is():
+    schedule = Schedule((Run("H", 1), Run("H", 2), Run("P", 1)))
+    assert schedule.runs == (Run("H", 3), Run("P", 1))
+    assert Schedule.parse(schedule) is schedule
+
+
+@pytest.mark.parametrize(
+    ("heun", "corrector", "refiner"),
+    [(0, 3, 0), (1, 0, 0), (1, 0, 2), (1, 2, 0), (1, 2, 1), (1, 5, 3), (2, 1, 3), (3, 0, 0)],
+)
+def test_counts_are_the_official_samplers(heun, corrector, refiner):
+    schedule = Schedule.parse(f"H{heun}P{corrector}R{refiner}")
+    leading = 1 if heun == 0 and corrector > 0 else 0
+    assert schedule.predictor_evaluations == 2 * heun + corrector + leading
+    assert schedule.refiner_evaluations == 2 * refiner
+    assert schedule.needs_refiner == (refiner > 0)
+    assert schedule.steps == heun + corrector + refiner
+
+
+@pytest.mark.parametrize(
+    ("text", "predictor", "refiner"),
+    [
+        ("P5H7R3", 20, 6),  # the leading P evaluates its own start
+        ("E4", 4, 0),
+        ("E1P3", 4, 0),
+        ("H1Rc3", 2, 6),
+        ("(H1P1R1)x3", 9, 6),
+        ("H1R1P2", 4, 2),
+    ],
+)
+def test_counts_of_other_orders(text, predictor, refiner):
+    schedule = Schedule.parse(text)
+    assert (schedule.predictor_evaluations, schedule.refiner_evaluations) == (predictor, refiner)
+
+
+def test_intervals_tile_the_time_grid():
+    intervals = Schedule.parse("H1P5R3").intervals()
+    assert [(run.block, first, last) for run, first, last in intervals] == [
+        ("H", 0, 1),
+        ("P", 1, 6),
+        ("R", 6, 9),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "has no steps"),
+        ("   ", "has no steps"),
+        ("H0", "has no steps"),
+        ("H0P0R0", "has no steps"),
+        ("()x2", "has no steps"),
+        ("(H1P1)x0", "has no steps"),
+        ("R3", "starts with R, but there is no velocity to refine yet; begin with H, P or E"),
+        ("Rc1H1", "starts with Rc"),
+        ("H0R3", "starts with R"),
+        ("(R1H1)x2", r"schedule \(R1H1\)x2 starts with R"),
+        ("X3", "unknown block 'X' in schedule 'X3'"),
+        ("h1", "unknown block 'h'"),
+        ("HP5", "unknown block 'HP'"),
+        ("H1rc2", "unknown block 'rc'"),
+        ("H1P5R3x2", "unknown block 'x'"),
+        ("H", "cannot be read at 'H'"),
+        ("3H", "cannot be read at '3H'"),
+        ("H-1", "cannot be read at 'H-1'"),
+        ("H1.5", r"cannot be read at '\.5'"),
+        ("H1,P5", "cannot be read at ',P5'"),
+        ("H1 P", "cannot be read at 'P'"),
+        ("E 1", "cannot be read at 'E 1'"),
+        ("[H1P1]x2", "cannot be read at"),
+        ("(H1P1R1", "has an open bracket; close it"),
+        ("((H1)x2", "has an open bracket"),
+        ("H1P1)x2", r"cannot be read at '\)x2'"),
+        ("(H1P1)", r"cannot be read at '\)'"),
+        ("(H1P1)x", r"cannot be read at '\)x'"),
+        ("H1(", "has an open bracket"),
+    ],
+)
+def test_unusable_text_is_refused_with_its_reason(text, message):
+    with pytest.raises(InputError, match=message):
+        Schedule.parse(text)
+
+
+def test_message_about_text_explains_the_grammar():
+    with pytest.raises(InputError) as error:
+        Schedule.parse("Q3")
+    assert "H1P5R3" in str(error.value)
+    assert all(
+        name in str(error.value) for name in ("Heun", "pseudo corrector", "refiner", "Euler")
+    )
+
+
+@pytest.mark.parametrize(
+    ("runs", "message"),
+    [
+        ((), "the schedule is empty"),
+        ((Run("Q", 1),), "unknown block 'Q'"),
+        ((Run("H", 0),), r"block H has \[0\] steps"),
+        ((Run("H", 2), Run("P", -1)), r"block P has \[-1\] steps"),
+        ((Run("R", 2),), "starts with R"),
+    ],
+)
+def test_unusable_runs_are_refused(runs, message):
+    with pytest.raises(InputError, match=message):
+        Schedule(runs)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "H10001",
+        "H9999P2",
+        "H999999999",
+        "(H9)x9999",
+        "((((H1P1)x9999)x9999)x9999)x9999",
+        "((H1)x10000)x10000",
+        "H1P1" * 10_000,
+        "H1" * 20_000 + " " * 1_000_000,
+        "(" * 20_000 + "H1",
+        "H1" + ")x9" * 20_000,
+        "H" * 200_000,
+        "H" + "1" * 200_000,
+        " " * 1_000_000 + "?",
+        "H1(P1R1)x" + "9" * 50,
+    ],
+    ids=range(14),
+)
+def test_absurd_lengths_are_refused_quickly(text):
+    start = time.perf_counter()
+    with pytest.raises(InputError):
+        Schedule.parse(text)
+    # Under a second if the work grows with the text; much longer if with its square or its meaning.
+    assert time.perf_counter() - start < 5
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3, 7, 9, 250, 10_000])
+def test_time_grid_is_uniform_and_ends_at_exactly_one(steps):
+    grid = np.asarray(Schedule.parse(f"H{steps}").time_grid())
+    assert (grid.shape, grid.dtype) == ((steps + 1,), np.float32)
+    assert (grid[0], grid[-1]) == (0.0, 1.0)
+    assert (np.diff(grid) > 0).all()
+    # Half a unit in the last place of 1, for the division and for the difference each.
+    np.testing.assert_allclose(grid, np.linspace(0, 1, steps + 1), rtol=0, atol=1.2e-7)
+
+
+@pytest.mark.parametrize("t_start", [0.3, 0.7, 0.999])
+@pytest.mark.parametrize("traced", [False, True])
+def test_time_grid_starts_where_told(t_start, traced):
+    schedule = Schedule.parse("H2P5R3")
+    grid = jax.jit(schedule.time_grid)(t_start) if traced else schedule.time_grid(t_start)
+    grid = np.asarray(grid)
+    assert grid[0] == pytest.approx(t_start, abs=6e-8)  # one rounding of 1 - (1 - t)
+    assert grid[-1] == 1.0
+    assert (np.diff(grid) > 0).all()
+    np.testing.assert_allclose(grid, np.linspace(t_start, 1, 11), rtol=0, atol=1.8e-7)
+
+
+def test_time_grid_has_the_dtype_asked_for():
+    grid = Schedule.parse("H4P4").time_grid(0.2, jnp.bfloat16)
+    assert grid.dtype == jnp.bfloat16
+    assert float(grid[-1]) == 1.0
+    with jax.enable_x64(True):
+        exact = np.asarray(Schedule.parse("H1P5R3").time_grid(0.1, jnp.float64))
+    np.testing.assert_allclose(exact, np.linspace(0.1, 1, 10), rtol=0, atol=3e-16)
+
+
+@pytest.mark.parametrize("t_start", [-0.1, 1.0, 1.5, float("nan"), float("inf")])
+def test_time_grid_refuses_a_start_off_the_path(t_start):
+    with pytest.raises(InputError, match=re.escape(f"t_start is {t_start}; it must lie in [0, 1)")):
+        Schedule.parse("H1").time_grid(t_start)
+    with pytest.raises(InputError, match="t_start"):
+        Schedule.parse("H1").time_grid(jnp.asarray(t_start))

@@ -1,0 +1,225 @@
+import json
+import os
+import signal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+
+from flowturbo_jax import data, model_directory, parallel, train_state, trainer
+from flowturbo_jax.interfaces import InputError
+from flowturbo_jax.pipelines.class_to_image import ClassToImage
+from flowturbo_jax.train_config import TrainConfig
+
+
+def same_bits(a, b) -> bool:
+    same = jax.tree.map(lambda x, y: bool((np.asarray(x) == np.asarray(y)).all()), a, b)
+    return all(jax.tree.leaves(same))
+
+
+def one_step(recipe: dict, devices: list, steps: int = 2):
+    """The state after a few steps on given devices, without files."""
+    config = TrainConfig.create(recipe)
+    source = data.open_source(config.data)
+    task = trainer.make_task(config, source)
+    optimizer = train_state.make_optimizer(config.learning_rate, config.steps)
+    state = train_state.create(task.network.initialise(jax.random.key(1)), optimizer)
+    state = parallel.replicate(state, devices)
+    frozen = parallel.replicate(task.frozen, devices)
+    step = parallel.data_parallel(
+        trainer.make_step(task, optimizer, config, jax.random.key(0)), devices
+    )
+    batches = data.batches(source, config.batch_size, config.seed)
+    losses = []
+    for i in range(steps):
+        batch = {**batches[i], "index": np.arange(config.batch_size, dtype=np.int32)}
+        state, metrics = step(state, frozen, batch)
+        losses.append(float(metrics["loss"]))
+    return state, losses
+
+
+def test_training_writes_checkpoints_metrics_samples_and_a_model(tmp_path):
+    state = trainer.train_and_evaluate(tiny.recipe(), tmp_path)
+    assert int(state.step) == 6
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6, 6]
+    assert "train/loss" in lines[0]
+    assert "evaluation/loss" in lines[-1]
+    assert (tmp_path / "samples" / "0000006.png").stat().st_size > 100
+    assert list((tmp_path / "tensorboard").iterdir())
+    assert (tmp_path / "checkpoints" / "6").is_dir()
+    pipe = ClassToImage.load(tmp_path / "model")
+    assert same_bits(pipe.model.predictor_params, state.ema_params)
+    assert pipe.model.description.source["predictor"]["steps"] == 6
+    assert pipe([3], schedule="H1P1").shape == (1, 8, 8, 1)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_stopped_run_continues_bit_for_bit(tmp_path, monkeypatch, number):
+    recipe = tiny.recipe(learning_rate_decay="cosine", warmup_steps=2, log_every=2)
+    whole = trainer.train_and_evaluate(recipe, tmp_path / "whole")
+    batches = data.batches
+
+    class Interrupting:
+        def __init__(self, *args):
+            self._batches = batches(*args)
+
+        def __getitem__(self, step):
+            if step == 3:
+                os.kill(os.getpid(), number)
+            return self._batches[step]
+
+    monkeypatch.setattr(data, "batches", Interrupting)
+    stopped = trainer.train_and_evaluate(recipe, tmp_path / "stopped")
+    assert 3 <= int(stopped.step) < 6
+    assert not (tmp_path / "stopped" / "model").exists()
+    monkeypatch.setattr(data, "batches", batches)
+    continued = trainer.train_and_evaluate(recipe, tmp_path / "stopped")
+    assert same_bits(continued, whole)
+    first, second = (
+        [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+        for name in ("whole", "stopped")
+    )
+    assert first == second
+
+
+def test_a_finished_run_is_not_trained_again(tmp_path):
+    first = trainer.train_and_evaluate(tiny.recipe(), tmp_path)
+    again = trainer.train_and_evaluate(tiny.recipe(), tmp_path)
+    assert same_bits(first, again)
+
+
+def test_a_changed_config_is_refused_with_the_difference_unless_allowed(tmp_path):
+    trainer.train_and_evaluate(tiny.recipe(), tmp_path)
+    changed = tiny.recipe(steps=7, learning_rate=2e-3, log_every=5)
+    with pytest.raises(InputError, match=r"learning_rate: 0\.001 -> 0\.002; steps: 6 -> 7\)"):
+        trainer.train_and_evaluate(changed, tmp_path)
+    allowed = tiny.recipe(steps=7, learning_rate=2e-3, allow_config_change=True)
+    assert int(trainer.train_and_evaluate(allowed, tmp_path).step) == 7
+
+
+def test_four_devices_train_as_one(tmp_path):
+    recipe = tiny.recipe()
+    one, one_losses = one_step(recipe, jax.devices()[:1])
+    four, four_losses = one_step(recipe, jax.devices()[:4])
+    # Sums over the batch in another order; Adam's first steps amplify rounding near zero gradients.
+    np.testing.assert_allclose(one_losses, four_losses, rtol=1e-5)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), one.params, four.params)
+
+
+def test_a_refiner_learns_more_than_keeping_the_velocity(tmp_path):
+    teacher = tiny.save_model(tmp_path / "teacher", refiner=False)
+    recipe = tiny.recipe(
+        objective="refiner",
+        model_dir=str(teacher),
+        model={"depth": 1},
+        steps=150,
+        batch_size=32,
+        learning_rate=3e-3,
+        learning_rate_decay="cosine",
+        evaluate_every=150,
+        checkpoint_every=150,
+        log_every=50,
+        ema_decay=0.9,
+        schedule="H1R1",
+    )
+    state = trainer.train_and_evaluate(recipe, tmp_path / "run")
+    lines = [json.loads(x) for x in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    last = lines[-1]
+    assert last["evaluation/loss"] < 0.8 * last["evaluation/keep_velocity"]
+    model = model_directory.load(tmp_path / "run" / "model")
+    assert same_bits(model.refiner_params, state.ema_params)
+    taught = model_directory.load(teacher)
+    assert same_bits(model.predictor_params, taught.predictor_params)  # frozen means frozen
+
+
+def test_the_stored_position_table_never_moves(tmp_path):
+    recipe = tiny.recipe(weight_decay=0.5, learning_rate=0.1)
+    state, _ = one_step(recipe, jax.devices()[:1], steps=3)
+    fresh = trainer.make_task(TrainConfig.create(recipe), data.open_source("digits"))
+    expected = fresh.network.initialise(jax.random.key(1))["position_table"]
+    np.testing.assert_array_equal(state.params["position_table"], expected)
+
+
+def test_a_nonfinite_loss_stops_the_run_and_names_the_last_checkpoint(tmp_path):
+    recipe = tiny.recipe(learning_rate=1e30, steps=20, checkpoint_every=1)
+    with pytest.raises(
+        InputError, match=r"the loss is (nan|inf) at step \d+.*last checkpoint is that of"
+    ):
+        trainer.train_and_evaluate(recipe, tmp_path)
+    assert not (tmp_path / "model").exists()
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"data": "faces"}, "unknown data set 'faces'"),
+        ({"batch_size": 6}, r"batch_size 6 does not split over 4 devices; take 4 or 8"),
+        ({"model": {"family": "sit", **tiny.SIT, "input_size": 16}}, r"model takes \[16, 16, 1\]"),
+        ({"model": {"family": "sit", **tiny.SIT, "num_classes": 3}}, "has 3 classes, but digits"),
+        ({"model": {"family": "sit", **tiny.SIT, "deep": 3}}, "config key model: .*deep"),
+        ({"model": {"family": "dit"}}, "unknown model family 'dit'"),
+        ({"model": {"family": "sit", **tiny.SIT, "null_class": False}}, "label_dropout needs"),
+        ({"objective": "refiner", "model_dir": "nowhere", "model": {}}, "no model directory"),
+    ],
+)
+def test_recipes_that_fit_nothing_are_refused_before_anything_is_written(tmp_path, fields, message):
+    with pytest.raises(InputError, match=message):
+        trainer.train_and_evaluate(tiny.recipe(**fields), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"objective": "gan"}, "objective is 'gan'; it must be one of"),
+        ({"steps": 0}, "steps is 0"),
+        ({"seed": -1}, "seed is -1"),
+        ({"ema_decay": 1.0}, r"ema_decay is 1\.0"),
+        ({"label_dropout": -0.1}, "label_dropout"),
+        ({"learning_rate": 0.0}, "learning_rate is"),
+        ({"dt_min": 0.2, "dt_max": 0.1}, "must rise"),
+        ({"model_dir": "digits"}, "refiner objective needs model_dir"),
+        ({"schedule": "X1"}, "cannot be read|unknown block"),
+        ({"dtype": "float8"}, "dtype is 'float8'"),
+        ({"guidance": "both"}, "guidance is 'both'"),
+    ],
+)
+def test_recipes_are_validated_at_construction(fields, message):
+    with pytest.raises(InputError, match=message):
+        tiny.recipe(**fields)
+
+
+def test_an_unknown_or_missing_config_key_is_named():
+    recipe = tiny.recipe().to_dict()
+    with pytest.raises(InputError, match="unknown config key 'stpes'"):
+        TrainConfig.create({**recipe, "stpes": 3})
+    del recipe["steps"]
+    with pytest.raises(InputError, match="steps"):
+        TrainConfig.create(recipe)
+
+
+def test_ema_warmup_forgets_the_start_and_reaches_its_decay():
+    steps = jnp.asarray([0, 90, 10_000], jnp.int32)
+    rates = [float(train_state.ema_rate(step, 0.99, warmup=True)) for step in steps]
+    np.testing.assert_allclose(rates, [0.1, 0.91, 0.99], rtol=1e-6)
+    assert float(train_state.ema_rate(steps[0], 0.99, warmup=False)) == np.float32(0.99)
+
+
+def test_learning_rate_rises_falls_and_clips():
+    params = {"w": jnp.ones(3)}
+    gradients = {"w": jnp.asarray([3.0, 0.0, 4.0])}
+    optimizer = train_state.make_optimizer(0.1, 10, "cosine", warmup_steps=5, gradient_clip=1.0)
+    state = train_state.create(params, optimizer)
+    moved = []
+    for _ in range(10):
+        new = train_state.apply_gradients(state, gradients, optimizer, 0.9)
+        moved.append(float(jnp.abs(new.params["w"] - state.params["w"]).max()))
+        state = new
+    assert moved[0] == 0  # the first step of a warm-up has rate 0
+    assert np.argmax(moved) == 5
+    assert moved[-1] < 0.1 * max(moved)
+    # Adam's step does not see the gradient's size: with a constant gradient it is the rate.
+    np.testing.assert_allclose(max(moved), 0.1, rtol=1e-4)
