@@ -29,7 +29,7 @@ REFINER = SIT.refiner()
 MICRO = dataclasses.replace(SIT, hidden_size=24, depth=2, num_heads=2)
 
 # Absolute bounds: the reference's own float32 run is off its float64 run by 5e-6 (networks),
-# 2e-5 (guided at scale 4) and 3e-5 (samples); another order of summation by a few times that.
+# 2e-5 (guided at scale 4) and 3e-5 (samples), and other orders of summation by a few times that.
 FORWARD = 5e-5
 GUIDED = 1e-4
 SAMPLES = 2e-4

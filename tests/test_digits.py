@@ -1,0 +1,67 @@
+"""The shipped digits model's claims, on real data; docs/digits.md has the tables."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import flowturbo_jax as ft
+from flowturbo_jax import model_directory, path
+from flowturbo_jax.pipelines import evaluation
+
+SAMPLES = 1000
+
+
+@pytest.fixture(scope="module")
+def pipe():
+    return ft.ClassToImage.load("digits")
+
+
+@pytest.fixture(scope="module")
+def reference():
+    return evaluation.digits_reference()
+
+
+@pytest.fixture(scope="module")
+def score(pipe, reference):
+    """Scores of a schedule, always on the same noise and labels."""
+    labels = evaluation.balanced_labels(SAMPLES, 10)
+
+    def measure(schedule: str, **settings) -> dict[str, float]:
+        return evaluation.score(evaluation.generate(pipe, labels, schedule, **settings), reference)
+
+    return measure
+
+
+def test_shipped_weights_fit_in_eight_megabytes():
+    files = (model_directory.SHIPPED / "digits").rglob("*")
+    assert 0 < sum(file.stat().st_size for file in files if file.is_file()) <= 8e6
+
+
+def test_refiner_steps_bring_samples_nearer_to_real_digits(score):
+    with_refiner, without = score("H1P3R2"), score("H1P3")
+    # 0.03 is about five standard deviations between seeds at this sample count (docs/digits.md).
+    assert with_refiner["frechet_distance"] < without["frechet_distance"] - 0.03
+
+
+def test_five_evaluations_with_refiner_match_sixteen_of_heun(score):
+    few, many = score("H1P3R2")["frechet_distance"], score("H8")["frechet_distance"]
+    # The documented claim is 5 % on three seeds of 5,000; a fifth of that allows sampling noise.
+    assert few < 1.1 * many
+
+
+def test_samples_show_the_digit_that_was_asked_for(score):
+    assert score("H1P3R2")["label_accuracy"] > 0.97
+
+
+def test_refined_samples_stay_near_the_exact_solution_of_the_same_noise(pipe):
+    labels = evaluation.balanced_labels(100, 10)
+    noise = path.sample_noise(
+        jnp.zeros(100, jnp.uint32), jnp.arange(100, dtype=jnp.uint32), (8, 8, 1)
+    )
+    exact = np.asarray(pipe.sample_latents(noise, labels, schedule="H40"))
+
+    def distance(schedule: str) -> float:
+        latents = np.asarray(pipe.sample_latents(noise, labels, schedule=schedule))
+        return float(np.sqrt(np.mean((latents - exact) ** 2)))
+
+    assert distance("H1P3R2") < 0.7 * distance("H1P3")
