@@ -312,6 +312,15 @@ def test_steps_are_uniform_above_the_lower_end(dt_range):
         assert dt.mean() == pytest.approx((low + high) / 2, abs=5 * (high - low) / 490)
 
 
+def test_step_is_never_zero_even_for_the_smallest_draw(monkeypatch):
+    monkeypatch.setattr(objective, "draw_times", lambda keys: jnp.zeros(keys.shape))
+    assert objective.draw_steps(MANY[:1], (0.0, 0.12)).tolist() == [np.float32(0.12)]
+    largest = 1 - 2**-23  # of a float32 uniform draw
+    monkeypatch.setattr(objective, "draw_times", lambda keys: jnp.full(keys.shape, largest))
+    for low in (0.0, 0.06):
+        assert low < float(objective.draw_steps(MANY[:1], (low, 0.12))[0]) < low + 1e-6
+
+
 def test_one_key_for_all_gives_one_step_size_per_batch():
     keys = jnp.broadcast_to(KEY, (5,))
     assert len(np.unique(objective.draw_steps(keys, (0.0, 0.12)))) == 1

@@ -130,7 +130,12 @@ def value_and_gradient(network):
         out = network.apply({"params": params}, *random_inputs(network.config))
         return jnp.mean(jnp.square(out)), out
 
-    grads, out = jax.jit(jax.grad(loss_and_output, has_aux=True))(random_params(network.config))
+    # Level 0 compiles faster; the bounds below are for any order of operations.
+    compiled = jax.jit(
+        jax.grad(loss_and_output, has_aux=True),
+        compiler_options={"xla_backend_optimization_level": 0},
+    )
+    grads, out = compiled(random_params(network.config))
     return out, grads
 
 
@@ -157,6 +162,19 @@ def test_position_table_gets_no_gradient(output_and_gradient):
     _, grads = output_and_gradient
     np.testing.assert_array_equal(grads["position_table"], np.zeros((1, 16, 24)))
     assert float(jnp.abs(grads["patch_embedding"]["kernel"]).max()) > 1e-3
+
+
+def test_every_option_changes_the_program():
+    def program(**options):
+        network = SiT(golden.MICRO, **options)
+        params = jax.eval_shape(network.initialise, jax.random.key(0))
+        with mixed_dtypes_inside_jax():
+            return str(
+                jax.make_jaxpr(network.apply)({"params": params}, *random_inputs(golden.MICRO))
+            )
+
+    options = [{}, {"unroll": True}, {"remat": True}, {"dtype": jnp.bfloat16}]
+    assert len({program(**option) for option in options}) == 4
 
 
 def test_blocks_are_stacked_on_a_first_axis_and_differ():

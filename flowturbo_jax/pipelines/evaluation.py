@@ -202,7 +202,7 @@ def protocol_card(
         "label_sampling": "balanced",
         "predictor_sha256": model_directory.fingerprint(pipe.model.predictor_params),
         "refiner_sha256": refiner_params and model_directory.fingerprint(refiner_params),
-        "device": f"{jax.devices()[0].device_kind} x {jax.device_count()}",
+        "device": jax.devices()[0].device_kind,
         "versions": {name: importlib.metadata.version(name) for name in LIBRARIES},
     }
     if reference is not None:
