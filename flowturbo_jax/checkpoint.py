@@ -36,7 +36,10 @@ def load_params(directory: Path, wanted: Params) -> Params:
         raise InputError(f"no parameters at {directory}; the folder does not exist")
     try:
         with ocp.StandardCheckpointer() as checkpointer:
-            stored = flatten_dict(checkpointer.metadata(directory).item_metadata.tree, sep="/")
+            metadata = checkpointer.metadata(directory).item_metadata
+            if metadata is None:
+                raise InputError(f"there is no Orbax checkpoint at {directory}; restore a copy")
+            stored = flatten_dict(metadata.tree, sep="/")
             _check_same(directory, stored, flatten_dict(wanted, sep="/"))
             target = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), wanted)
             return checkpointer.restore(directory, target)

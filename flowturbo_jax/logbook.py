@@ -1,6 +1,7 @@
 """Where training writes its numbers: JSON lines, TensorBoard and standard output."""
 
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,9 @@ class Logbook:
         if self._path.exists():
             lines = self._path.read_text().splitlines()
             kept = [line for line in lines if _step(line) < first_step]
-            self._path.write_text("".join(f"{line}\n" for line in kept))
+            draft = directory / ".metrics.jsonl"
+            draft.write_text("".join(f"{line}\n" for line in kept))
+            os.replace(draft, self._path)
         self._file = self._path.open("a")
         self._board = SummaryWriter(str(directory / "tensorboard"), purge_step=first_step or None)
 

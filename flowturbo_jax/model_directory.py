@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import json
+import math
 import os
 import shutil
 import tempfile
@@ -18,7 +19,7 @@ from flax import linen as nn
 from flowturbo_jax.checkpoint import load_params, save_params
 from flowturbo_jax.guidance import MODES
 from flowturbo_jax.interfaces import InputError, Params
-from flowturbo_jax.models import Family, family
+from flowturbo_jax.models import family
 
 FORMAT = 1
 SHIPPED = Path(__file__).parent / "pretrained"
@@ -37,7 +38,8 @@ class Description:
       guidance: default mode, the one the refiner was trained for: "none", "official" or "paired".
       guidance_scale: default scale.
       guided_channels: what the official mode guides; None for all channels.
-      source: where the weights of each network came from, free text by name.
+      source: where the weights of each network came from, by name.
+      sha256: over the files of each network, by name; checked before they are read.
     """
 
     family: str
@@ -49,17 +51,27 @@ class Description:
     guided_channels: int | None
     source: Mapping[str, Any]
 
+    sha256: Mapping[str, str] = dataclasses.field(default_factory=dict)
+
     def __post_init__(self):
         if self.guidance not in MODES:
             raise InputError(f"guidance is {self.guidance!r}; it must be one of {', '.join(MODES)}")
+        if self.guidance != "none" and self.predictor.null_label is None:
+            raise InputError(f"guidance is {self.guidance!r}, but the predictor has no null class")
+        scale, channels = self.guidance_scale, self.guided_channels
+        if (
+            not isinstance(scale, int | float)
+            or isinstance(scale, bool)
+            or not math.isfinite(scale)
+        ):
+            raise InputError(f"guidance_scale is {scale!r}; it must be a finite number")
+        known = range(1, self.predictor.shape[-1] + 1)
+        if channels is not None and (type(channels) is not int or channels not in known):
+            raise InputError(
+                f"guided_channels is {channels!r}; it must be null or 1 to {known.stop - 1}"
+            )
         if self.refiner is not None:
-            fits = (self.refiner.shape, self.refiner.num_classes, self.refiner.null_class)
-            wanted = (self.predictor.shape, self.predictor.num_classes, self.predictor.null_class)
-            if fits != wanted or self.refiner.in_channels_scale != 2:
-                raise InputError(
-                    "the refiner is for another model's shape: (latents, classes, null class) "
-                    f"{fits} over [x, v], where the predictor has {wanted}"
-                )
+            self.predictor.check_refiner(self.refiner)
         if len(self.class_names) != self.predictor.num_classes:
             raise InputError(
                 f"{len(self.class_names)} class names for {self.predictor.num_classes} classes"
@@ -84,18 +96,24 @@ class Description:
         if fields.pop("format", None) != FORMAT:
             raise InputError(f"model.json is not of format {FORMAT}; convert or train it anew")
         names = {field.name for field in dataclasses.fields(cls)}
-        if fields.keys() != names:
-            missing, extra = sorted(names - fields.keys()), sorted(fields.keys() - names)
-            raise InputError(f"model.json has the wrong keys: missing {missing}, unknown {extra}")
+        missing, unknown = sorted(names - fields.keys()), sorted(fields.keys() - names)
+        if missing or unknown:
+            raise InputError(f"model.json has the wrong keys: missing {missing}, unknown {unknown}")
         config = family(str(fields["family"])).config
         for network in ("predictor", "refiner"):
-            if fields[network] is not None:
-                try:
-                    fields[network] = config(**fields[network])
-                except TypeError as error:
-                    raise InputError(f"model.json, {network}: {error}") from error
-        fields["class_names"] = tuple(fields["class_names"])
-        return cls(**fields)
+            if network == "refiner" and fields[network] is None:
+                continue
+            try:
+                fields[network] = config(**fields[network])
+            except TypeError as error:
+                raise InputError(f"model.json, {network}: {error}") from error
+        classes = fields["class_names"]
+        if not isinstance(classes, list) or not all(isinstance(name, str) for name in classes):
+            raise InputError("model.json: class_names must be a list of names")
+        for key in ("source", "sha256"):
+            if not isinstance(fields[key], dict):
+                raise InputError(f"model.json: {key} must be an object")
+        return cls(**{**fields, "class_names": tuple(classes)})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -175,12 +193,35 @@ def load(name: str | Path, dtype: str = "float32") -> Model:
     directory, description = resolve(name), describe(name)
     kind = family(description.family)
     predictor = kind.predictor(description.predictor, **options)
-    predictor_params = load_params(directory / "predictor", abstract_params(predictor))
+    predictor_params = _load_checked(directory, "predictor", predictor, description)
     if description.refiner is None:
         return Model(description, predictor, predictor_params, None, None)
     refiner = kind.refiner(description.refiner, **options)
-    refiner_params = load_params(directory / "refiner", abstract_params(refiner))
+    refiner_params = _load_checked(directory, "refiner", refiner, description)
     return Model(description, predictor, predictor_params, refiner, refiner_params)
+
+
+def _load_checked(
+    directory: Path, network: str, module: nn.Module, description: Description
+) -> Params:
+    """Loads one network's parameters, after checking that not a bit of their files has changed."""
+    place = directory / network
+    if place.is_dir() and _digest(place) != description.sha256.get(network):
+        raise InputError(
+            f"the {network} in {directory} is damaged or incomplete: its files do not have the "
+            "sha256 that model.json names; restore a copy"
+        )
+    return load_params(place, abstract_params(module))
+
+
+def _digest(directory: Path) -> str:
+    """sha256 over the names and contents of all files in a folder, in hexadecimal."""
+    digest = hashlib.sha256()
+    for path in sorted(path for path in directory.rglob("*") if path.is_file()):
+        with path.open("rb") as file:
+            content = hashlib.file_digest(file, "sha256").hexdigest()
+        digest.update(f"{path.relative_to(directory).as_posix()} {content}\n".encode())
+    return digest.hexdigest()
 
 
 def abstract_params(module: nn.Module) -> Params:
@@ -196,6 +237,12 @@ def save(
 ) -> None:
     """Writes a model directory whole or not at all; one that stands there is replaced.
 
+    Args:
+      directory: where; its parents are made.
+      description: what model.json is to say; its sha256 is filled in.
+      predictor_params: parameters of the predictor.
+      refiner_params: parameters of the refiner, or None.
+
     Raises:
       InputError: refiner and its parameters do not come together, or the place holds something
         that is not a model directory.
@@ -206,22 +253,35 @@ def save(
     if directory.exists() and not (directory / "model.json").is_file():
         raise InputError(f"{directory} exists and is no model directory; choose another place")
     directory.parent.mkdir(parents=True, exist_ok=True)
+    networks = {"predictor": predictor_params}
+    if refiner_params is not None:
+        networks["refiner"] = refiner_params
     draft = Path(tempfile.mkdtemp(prefix=f".{directory.name}-", dir=directory.parent))
     try:
-        save_params(draft / "predictor", predictor_params)
-        if refiner_params is not None:
-            save_params(draft / "refiner", refiner_params)
-        (draft / "model.json").write_text(description.to_json())
+        for network, params in networks.items():
+            save_params(draft / network, params)
+        sha256 = {network: _digest(draft / network) for network in networks}
+        text = dataclasses.replace(description, sha256=sha256).to_json()
+        (draft / "model.json").write_text(text)
         draft.chmod(0o755)  # mkdtemp makes it private
-        if directory.exists():
-            retired = draft.with_name(f"{draft.name}-old")
-            os.replace(directory, retired)
-            os.replace(draft, directory)
-            shutil.rmtree(retired)
-        else:
-            os.replace(draft, directory)
+        _replace(draft, directory)
     finally:
         shutil.rmtree(draft, ignore_errors=True)
+
+
+def _replace(draft: Path, directory: Path) -> None:
+    """Puts the draft in the directory's place; what stood there comes back if that fails."""
+    if not directory.exists():
+        os.replace(draft, directory)
+        return
+    retired = draft.with_name(f"{draft.name}-old")
+    os.replace(directory, retired)
+    try:
+        os.replace(draft, directory)
+    except BaseException:
+        os.replace(retired, directory)
+        raise
+    shutil.rmtree(retired)
 
 
 def fingerprint(params: Params) -> str:
@@ -232,8 +292,3 @@ def fingerprint(params: Params) -> str:
         digest.update(f"{jax.tree_util.keystr(path)}{array.shape}".encode())
         digest.update(array.tobytes())
     return digest.hexdigest()
-
-
-def kind_of(description: Description) -> Family:
-    """The family of a description."""
-    return family(description.family)

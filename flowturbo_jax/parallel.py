@@ -45,6 +45,7 @@ def data_parallel(step: Callable[..., Any], devices: list[jax.Device] | None = N
         axis_name=_AXIS,
         in_axes=(None, None, 0),
         out_axes=None,
+        donate_argnums=0,
         devices=devices,
     )
 

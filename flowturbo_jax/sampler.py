@@ -32,6 +32,7 @@ def sample(
     """Integrates the flow from t_start to 1. Pure: jit, vmap and grad work on it.
 
     The traced program has one loop per run, so its size does not depend on how long the runs are.
+    Wrap it in `jax.jit`: outside, every call compiles its loops anew.
 
     Args:
       flow: the vector field; its functions may return any dtype that `drift` turns into x's.
@@ -77,6 +78,10 @@ def integrate(
       InputError: as in `sample`.
     """
     schedule = Schedule.parse(schedule)
+    if noise.dtype not in (jnp.float32, jnp.float64):
+        raise InputError(
+            f"noise is {noise.dtype}; x is kept in float32 or float64, only networks run in less"
+        )
     if schedule.needs_refiner and flow.refine is None:
         raise InputError(
             f"schedule {schedule} refines, but this flow has no refiner; use a schedule of "
@@ -112,6 +117,17 @@ def _first_memory(flow: Flow, noise: Latents, schedule: Schedule, t: Time) -> An
             f"the flow's velocity is {velocity.dtype}{list(velocity.shape)} for x "
             f"{noise.dtype}{list(noise.shape)}; both must agree (cast inside predict or drift)"
         )
+    if schedule.needs_refiner:
+        offset = jax.eval_shape(flow.refine, noise, t, memory)
+        if jax.tree.map(_form, offset) != jax.tree.map(_form, memory):
+            raise InputError(
+                f"the refiner's offset is {jax.tree.map(_form, offset)} for a memory of "
+                f"{jax.tree.map(_form, memory)}; both must agree"
+            )
     if schedule.runs[0].block == "P":
         return flow.predict(noise, t)
     return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), memory)
+
+
+def _form(leaf: Any) -> str:
+    return f"{leaf.dtype}{list(leaf.shape)}"

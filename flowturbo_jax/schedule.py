@@ -30,7 +30,7 @@ GRAMMAR = (
     "steps each; (H1P1R1)x2 repeats"
 )
 _TOKEN = re.compile(
-    r"\s*(?:(?P<run>[A-Za-z]+)(?P<steps>\d{1,9})|(?P<open>\()|\)x(?P<times>\d{1,9}))\s*"
+    r"\s*(?:(?P<run>[A-Za-z]+)(?P<steps>[0-9]{1,9})|(?P<open>\()|\)x(?P<times>[0-9]{1,9}))\s*"
 )
 MAX_STEPS = 10_000  # a typing error, not a schedule
 
@@ -125,7 +125,7 @@ class Schedule:
         return cls(tuple(stack[0]))
 
     def __str__(self) -> str:
-        """The shortest text that parses back to this schedule."""
+        """Text that parses back to this schedule; a whole repetition is written as one."""
         runs = [f"{run.block}{run.steps}" for run in self.runs]
         for period in range(2, len(runs) // 2 + 1):
             times, rest = divmod(len(runs), period)

@@ -4,26 +4,33 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from ml_collections import ConfigDict
-
 from flowturbo_jax.guidance import MODES
 from flowturbo_jax.interfaces import InputError
 from flowturbo_jax.model_directory import network_dtype
 from flowturbo_jax.objective import LABEL_HANDLING
+from flowturbo_jax.recipe import Recipe
 from flowturbo_jax.schedule import Schedule
 
 OBJECTIVES = ("flow_matching", "refiner")
 DECAYS = ("constant", "cosine")
+# Keys that only the refiner objective reads.
+REFINER_KEYS = (
+    "model_dir",
+    "label_handling",
+    "dt_min",
+    "dt_max",
+    "dt_per_sample",
+    "times_inside",
+)
 # Keys that may differ when a run is resumed: they do not change what is computed.
 FREE_KEYS = ("name", "log_every", "evaluate_every", "checkpoint_every", "allow_config_change")
 
 
 @dataclasses.dataclass(frozen=True)
-class TrainConfig:
+class TrainConfig(Recipe):
     """A training recipe, validated at construction; configs/ holds the ready ones.
 
     Attributes:
-      name: of the recipe, and of its folder in runs/.
       objective: "flow_matching" trains a predictor, "refiner" a refiner of model_dir's predictor.
       data: name of the data set, as `data.open_source` takes it.
       model_dir: model directory of the teacher (refiner only).
@@ -40,11 +47,11 @@ class TrainConfig:
       ema_decay: per step.
       ema_warmup: let the average's memory grow with the run; see `train_state.ema_rate`.
       label_dropout: probability that a sample's label is dropped.
-      label_handling: "paper" or "official"; see `objective.refiner_loss`.
-      dt_min: smallest step size the refiner is trained for, in flow time.
-      dt_max: largest.
-      dt_per_sample: draw a step size per sample; the official code draws one per batch.
-      times_inside: scale t so that t + dt <= 1; the official code does not.
+      label_handling: (refiner) "paper" or "official"; see `objective.refiner_loss`.
+      dt_min: (refiner) smallest step size the refiner is trained for, in flow time.
+      dt_max: (refiner) largest.
+      dt_per_sample: (refiner) draw a step size per sample; the official code draws one per batch.
+      times_inside: (refiner) scale t so that t + dt <= 1; the official code does not.
       dtype: of the networks' matrix products.
       remat: recompute blocks in the backward pass: less memory; on CPU also faster.
       schedule: of the sample grids on the way.
@@ -57,7 +64,6 @@ class TrainConfig:
       allow_config_change: resume although the recipe changed.
     """
 
-    name: str
     objective: str
     data: str
     model: Mapping[str, Any]
@@ -90,60 +96,35 @@ class TrainConfig:
     allow_config_change: bool = False
 
     def __post_init__(self):
-        choices = {
-            "objective": OBJECTIVES,
-            "learning_rate_decay": DECAYS,
-            "label_handling": LABEL_HANDLING,
-            "guidance": MODES,
-        }
-        for key, known in choices.items():
-            if getattr(self, key) not in known:
-                raise InputError(
-                    f"{key} is {getattr(self, key)!r}; it must be one of {', '.join(known)}"
-                )
+        super().__post_init__()
+        self.check_choice("objective", OBJECTIVES)
+        self.check_choice("learning_rate_decay", DECAYS)
+        self.check_choice("label_handling", LABEL_HANDLING)
+        self.check_choice("guidance", MODES)
         counts = ("steps", "batch_size", "log_every", "evaluate_every", "checkpoint_every")
-        for key in (*counts, "evaluation_size"):
-            if getattr(self, key) < 1:
-                raise InputError(f"{key} is {getattr(self, key)}; it must be at least 1")
-        for key in ("seed", "warmup_steps", "weight_decay", "gradient_clip"):
-            if not getattr(self, key) >= 0:
-                raise InputError(f"{key} is {getattr(self, key)}; it must not be negative")
-        for key in ("ema_decay", "label_dropout"):
-            if not 0 <= getattr(self, key) < 1:
-                raise InputError(f"{key} is {getattr(self, key)}; it must lie in [0, 1)")
+        self.check_range((*counts, "evaluation_size"), 1)
+        self.check_range(("weight_decay", "gradient_clip"), 0)
+        self.check_range(("ema_decay", "label_dropout"), 0, 1)
+        self.check_range(("seed",), 0, 2**32)
+        self.check_range(("warmup_steps",), 0, self.steps)
         if not self.learning_rate > 0:
-            raise InputError(f"learning_rate is {self.learning_rate}; it must be positive")
+            raise InputError(f"config key learning_rate is {self.learning_rate}; take more than 0")
         if not 0 <= self.dt_min < self.dt_max < 1:
             raise InputError(
-                f"dt_min {self.dt_min} and dt_max {self.dt_max} must rise within [0, 1)"
-            )
-        if (self.objective == "refiner") != bool(self.model_dir):
-            raise InputError(
-                "the refiner objective needs model_dir, the directory of its teacher, and only "
-                f"it does; objective is {self.objective!r}, model_dir {self.model_dir!r}"
+                f"config keys dt_min {self.dt_min} and dt_max {self.dt_max} must rise within [0, 1)"
             )
         network_dtype(self.dtype)
-        Schedule.parse(self.schedule)
-
-    @classmethod
-    def create(cls, config: Mapping[str, Any] | ConfigDict) -> "TrainConfig":
-        """The recipe of a plain mapping, such as a ConfigDict.
-
-        Raises:
-          InputError: a key is unknown or missing, or a value is wrong.
-        """
-        fields = config.to_dict() if isinstance(config, ConfigDict) else dict(config)
-        known = {field.name for field in dataclasses.fields(cls)}
-        if unknown := sorted(fields.keys() - known):
-            raise InputError(f"unknown config key {unknown[0]!r}; known are {', '.join(known)}")
-        try:
-            return cls(**fields)
-        except TypeError as error:
-            raise InputError(f"the training config is wrong: {error}") from error
-
-    def to_config_dict(self) -> ConfigDict:
-        """The recipe as ml_collections' flags want it; unknown keys and types are refused there."""
-        return ConfigDict(dataclasses.asdict(self))
+        schedule = Schedule.parse(self.schedule)
+        if self.objective == "refiner":
+            if not self.model_dir:
+                raise InputError("the refiner objective needs model_dir, that of its teacher")
+            return
+        if schedule.needs_refiner:
+            raise InputError(f"schedule {schedule} refines, but a predictor is trained; use H or P")
+        defaults = {field.name: field.default for field in dataclasses.fields(self)}
+        for key in REFINER_KEYS:
+            if getattr(self, key) != defaults[key]:
+                raise InputError(f"config key {key} belongs to the refiner objective; leave it out")
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:

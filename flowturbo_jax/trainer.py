@@ -1,44 +1,28 @@
 """Training, from a recipe and a folder to a model directory: reads top to bottom."""
 
 import dataclasses
-import math
 import signal
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from tqdm import tqdm
 
-from flowturbo_jax import data, images, model_directory, objective, parallel, train_state
+from flowturbo_jax import data, images, model_directory, parallel, tasks, train_state
 from flowturbo_jax.checkpoint import Checkpoints
 from flowturbo_jax.interfaces import InputError, Params
 from flowturbo_jax.logbook import Logbook
-from flowturbo_jax.model_directory import Description, Model
-from flowturbo_jax.models import family
+from flowturbo_jax.model_directory import Model
 from flowturbo_jax.pipelines.class_to_image import ClassToImage
+from flowturbo_jax.tasks import Task
 from flowturbo_jax.train_config import TrainConfig, differences
 from flowturbo_jax.train_state import TrainState
-
-
-class Task(NamedTuple):
-    """What is trained.
-
-    Attributes:
-      network: module whose parameters are trained.
-      frozen: parameters the losses need besides, or None.
-      losses: `(params, frozen, batch, key) -> {name: [B]}`; "loss" is what is minimised.
-      model: `(params) -> Model`, to sample from and to save.
-    """
-
-    network: Any
-    frozen: Params | None
-    losses: Callable[[Params, Params | None, dict[str, jax.Array], jax.Array], dict[str, jax.Array]]
-    model: Callable[[Params], Model]
 
 
 def train_and_evaluate(config: Any, workdir: str | Path) -> TrainState:
@@ -62,16 +46,10 @@ def train_and_evaluate(config: Any, workdir: str | Path) -> TrainState:
     workdir = Path(workdir)
     parallel.check_batch_size(config.batch_size)
     source = data.open_source(config.data)
-    task = make_task(config, source)
+    task = tasks.make_task(config, source)
+    _check_workdir(workdir)
     batches = data.batches(source, config.batch_size, config.seed)
-    optimizer = train_state.make_optimizer(
-        config.learning_rate,
-        config.steps,
-        config.learning_rate_decay,
-        config.warmup_steps,
-        config.weight_decay,
-        config.gradient_clip,
-    )
+    optimizer = _optimizer(config)
     init_key, train_key, evaluation_key = jax.random.split(jax.random.key(config.seed), 3)
     params = jax.jit(task.network.initialise)(init_key)
     state = parallel.replicate(train_state.create(params, optimizer))
@@ -80,8 +58,9 @@ def train_and_evaluate(config: Any, workdir: str | Path) -> TrainState:
     evaluate = jax.jit(task.losses)
     evaluation_batch = _with_index(data.batches(source, config.evaluation_size, config.seed)[0])
 
+    identity = _identity(config, source, task)
     with Checkpoints(workdir / "checkpoints") as checkpoints, _stop_signals() as stop:
-        state = _resume(checkpoints, state, config)
+        state = _resume(checkpoints, state, identity, config.allow_config_change)
         first = int(state.step)
         with (
             Logbook(workdir, first + 1) as logbook,
@@ -99,15 +78,14 @@ def train_and_evaluate(config: Any, workdir: str | Path) -> TrainState:
                 if log:
                     logbook.scalars(done, {f"train/{k}": v for k, v in metrics.items()})
                     bar.set_postfix(loss=f"{float(metrics['loss']):.4f}")
+                if save:
+                    checkpoints.save(done, state, identity)
                 if _due(done, config.evaluate_every, config.steps):
                     losses = evaluate(state.ema_params, frozen, evaluation_batch, evaluation_key)
-                    losses = {f"evaluation/{k}": v.mean() for k, v in losses.items()}
-                    logbook.scalars(done, losses)
+                    logbook.scalars(done, {f"evaluation/{k}": v.mean() for k, v in losses.items()})
                     picture = _sample_grid(task.model(state.ema_params), config)
                     images.save_png(workdir / "samples" / f"{done:07d}.png", picture)
                     logbook.picture(done, "samples", picture)
-                if save:
-                    checkpoints.save(done, state, dataclasses.asdict(config))
                 if stopping:
                     break
     if int(state.step) < config.steps:
@@ -132,146 +110,25 @@ def make_step(task: Task, optimizer: Any, config: TrainConfig, key: jax.Array) -
         new = train_state.apply_gradients(
             state, gradients, optimizer, config.ema_decay, config.ema_warmup
         )
-        norm = jnp.sqrt(sum(jnp.sum(jnp.square(g)) for g in jax.tree.leaves(gradients)))
-        return new, {"loss": value, "gradient_norm": norm}
+        norms = {"gradient_norm": _norm(gradients), "parameter_norm": _norm(new.params)}
+        return new, {"loss": value, **norms}
 
     return step
 
 
-def make_task(config: TrainConfig, source: data.DataSource) -> Task:
-    """The task a recipe describes, on a data set.
-
-    Raises:
-      InputError: the model does not fit the data.
-    """
-    return {"flow_matching": _predictor_task, "refiner": _refiner_task}[config.objective](
-        config, source
+def _optimizer(config: TrainConfig) -> optax.GradientTransformation:
+    return train_state.make_optimizer(
+        config.learning_rate,
+        config.steps,
+        config.learning_rate_decay,
+        config.warmup_steps,
+        config.weight_decay,
+        config.gradient_clip,
     )
 
 
-def _predictor_task(config: TrainConfig, source: data.DataSource) -> Task:
-    fields = dict(config.model)
-    kind = family(fields.pop("family", None))
-    try:
-        network_config = kind.config(**fields)
-    except TypeError as error:
-        raise InputError(f"config key model: {error}") from error
-    _check_fits(network_config, source)
-    if config.label_dropout and network_config.num_classes and not network_config.null_class:
-        raise InputError("label_dropout needs a model with null_class")
-    options = {"dtype": model_directory.network_dtype(config.dtype)}
-    network = kind.predictor(network_config, remat=config.remat, **options)
-
-    def losses(params, frozen, batch, key):
-        draws = _draws(config, network_config, batch, key)
-        predictor = _apply(network, params)
-        args = (batch["data"], draws["noise"], draws["t"], draws["dropped"])
-        return {"loss": objective.flow_matching_loss(predictor, *args)}
-
-    def model(params):
-        description = Description(
-            family=config.model["family"],
-            predictor=network_config,
-            refiner=None,
-            class_names=source.class_names if network_config.num_classes else (),
-            guidance=config.guidance if network_config.null_label is not None else "none",
-            guidance_scale=config.guidance_scale,
-            guided_channels=None,
-            source={"predictor": _provenance(config, source)},
-        )
-        return Model(description, kind.predictor(network_config, **options), params, None, None)
-
-    return Task(network, None, losses, model)
-
-
-def _refiner_task(config: TrainConfig, source: data.DataSource) -> Task:
-    teacher = model_directory.load(config.model_dir, config.dtype)
-    predictor_config = teacher.description.predictor
-    _check_fits(predictor_config, source)
-    kind = family(teacher.description.family)
-    try:
-        network_config = predictor_config.refiner(**config.model)
-    except TypeError as error:
-        raise InputError(f"config key model: {error}") from error
-    options = {"dtype": model_directory.network_dtype(config.dtype)}
-    network = kind.refiner(network_config, **options)
-    trained = Model(
-        dataclasses.replace(
-            teacher.description,
-            refiner=network_config,
-            guidance=config.guidance if predictor_config.null_label is not None else "none",
-            guidance_scale=config.guidance_scale,
-            source={**teacher.description.source, "refiner": _provenance(config, source)},
-        ),
-        teacher.predictor,
-        teacher.predictor_params,
-        network,
-        None,
-    )
-
-    def losses(params, frozen, batch, key):
-        draws = _draws(config, predictor_config, batch, key)
-
-        def loss(refiner):
-            return objective.refiner_loss(
-                refiner,
-                _apply(teacher.predictor, frozen),
-                batch["data"],
-                draws["noise"],
-                draws["t"],
-                draws["dt"],
-                draws["condition"],
-                draws["dropped"],
-                config.label_handling,
-            )
-
-        return {
-            "loss": loss(_apply(network, params)),
-            "keep_velocity": loss(lambda x, v, t, condition: jnp.zeros_like(v)),
-        }
-
-    def model(params):
-        return dataclasses.replace(trained, refiner_params=params)
-
-    return Task(network, teacher.predictor_params, losses, model)
-
-
-def _apply(network: Any, params: Params) -> Callable:
-    return lambda *args: network.apply({"params": params}, *args)
-
-
-def _draws(config: TrainConfig, network_config: Any, batch: Any, key: jax.Array) -> dict[str, Any]:
-    """Everything random in a step, each sample's a function of (key, its index in the batch)."""
-    keys = jax.vmap(lambda k: jax.random.split(k, 4))(objective.sample_keys(key, batch["index"]))
-    noise = objective.draw_noise(keys[:, 0], network_config.shape)
-    t = objective.draw_times(keys[:, 1])
-    step_keys = keys[:, 2]
-    if not config.dt_per_sample:
-        step_keys = jnp.broadcast_to(jax.random.fold_in(key, 0), step_keys.shape)
-    dt = objective.draw_steps(step_keys, (config.dt_min, config.dt_max))
-    if config.objective == "refiner" and config.times_inside:
-        t = objective.fit_times(t, dt)
-    draws = {"noise": noise, "t": t, "dt": dt, "condition": None, "dropped": None}
-    if network_config.num_classes:
-        condition = dropped = batch["label"]
-        if network_config.null_label is not None:
-            null = jnp.full_like(condition, network_config.null_label)
-            dropped = objective.drop_condition(keys[:, 3], condition, null, config.label_dropout)
-        draws.update(condition=condition, dropped=dropped)
-    return draws
-
-
-def _check_fits(network_config: Any, source: data.DataSource) -> None:
-    if network_config.shape != source.shape:
-        raise InputError(
-            f"the model takes {list(network_config.shape)}, but {source.name} has "
-            f"{list(source.shape)}; change the model's input_size and in_channels"
-        )
-    if network_config.num_classes not in (0, len(source.class_names)):
-        raise InputError(
-            f"the model has {network_config.num_classes} classes, but {source.name} has "
-            f"{len(source.class_names)}"
-        )
+def _norm(tree: Params) -> jax.Array:
+    return jnp.sqrt(sum(jnp.sum(jnp.square(leaf)) for leaf in jax.tree.leaves(tree)))
 
 
 def _with_index(batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -283,23 +140,48 @@ def _due(done: int, every: int, steps: int) -> bool:
 
 
 def _check_finite(metrics: dict[str, jax.Array], step: int, last_good: int | None) -> None:
-    if not math.isfinite(float(metrics["loss"])):
+    """Refuses to go on, or to save, once the loss or the parameters are no numbers any more."""
+    wrong = {name: float(value) for name, value in metrics.items() if not jnp.isfinite(value)}
+    if wrong:
+        kept = "none was saved" if last_good is None else f"the last is of step {last_good}"
         raise InputError(
-            f"the loss is {float(metrics['loss'])} at step {step}; lower the learning rate, or "
-            f"set gradient_clip. The last checkpoint is that of step {last_good}"
+            f"training diverged: {', '.join(f'{k} is {v}' for k, v in wrong.items())} at step "
+            f"{step} (checkpoints: {kept}); begin in another workdir with a lower learning_rate or "
+            "with gradient_clip"
         )
 
 
-def _provenance(config: TrainConfig, source: data.DataSource) -> dict[str, Any]:
-    return {"data_fingerprint": source.fingerprint, **dataclasses.asdict(config)}
+def _check_workdir(workdir: Path) -> None:
+    """Makes the run's folder, and sees that the model can be written there at the end."""
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(
+            f"cannot write to {workdir}: {error.strerror}; change --workdir"
+        ) from error
+    model = workdir / "model"
+    if model.exists() and not (model / "model.json").is_file():
+        raise InputError(f"{model} exists and is no model directory; change --workdir")
 
 
-def _resume(checkpoints: Checkpoints, state: TrainState, config: TrainConfig) -> TrainState:
+def _identity(config: TrainConfig, source: data.DataSource, task: Task) -> dict[str, Any]:
+    """What a run must agree with to be continued."""
+    teacher = {} if task.frozen is None else {"teacher": model_directory.fingerprint(task.frozen)}
+    return {"data_fingerprint": source.fingerprint, **teacher, **dataclasses.asdict(config)}
+
+
+def _resume(
+    checkpoints: Checkpoints, state: TrainState, identity: dict[str, Any], allow_change: bool
+) -> TrainState:
     """The newest checkpoint's state, or the given one where there is none."""
     if checkpoints.latest_step is None:
         return state
-    changed = differences(checkpoints.config(), dataclasses.asdict(config))
-    if changed and not config.allow_config_change:
+    begun = checkpoints.config()
+    for name, words in (("data_fingerprint", "other data"), ("teacher", "another teacher")):
+        if begun.get(name) != identity.get(name):
+            raise InputError(f"the run was begun with {words}; choose another workdir")
+    changed = differences(begun, identity)
+    if changed and not allow_change:
         raise InputError(
             f"the run was begun with another config ({'; '.join(changed)}); choose another "
             "workdir, or set allow_config_change"
@@ -324,10 +206,14 @@ def _stop_signals() -> Iterator[threading.Event]:
     if threading.current_thread() is not threading.main_thread():
         yield stop
         return
-    previous = {
-        number: signal.signal(number, lambda *_: stop.set())
-        for number in (signal.SIGINT, signal.SIGTERM)
-    }
+    previous = {}
+
+    def request(number: int, _: Any) -> None:
+        stop.set()
+        signal.signal(number, previous[number])  # a second signal ends the program at once
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        previous[number] = signal.signal(number, request)
     try:
         yield stop
     finally:

@@ -30,7 +30,7 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_default_matmul_precision", "highest")
 
 # Checks every annotation of the library at run time; it must precede the first import of it.
-install_import_hook("flowturbo_jax", "beartype.beartype")
+install_import_hook("flowturbo_jax", "typecheck.check")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

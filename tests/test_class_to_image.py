@@ -139,7 +139,8 @@ def test_labels_out_of_range_are_refused_not_clamped(pipe, labels, message):
         ({"schedule": "H0"}, "has no steps"),
         ({"guidance": "twofold"}, "must be one of none, official, paired"),
         ({"guidance": "none", "guidance_scale": 2.0}, "'none' has no scale"),
-        ({"guidance_scale": float("nan")}, "finite"),
+        ({"guidance_scale": float("nan")}, "guidance_scale is nan"),
+        ({"guidance_scale": 1e39}, "guidance_scale is 1e[+]39"),
     ],
 )
 def test_settings_the_model_cannot_take_are_refused(pipe, settings, message):
@@ -148,8 +149,12 @@ def test_settings_the_model_cannot_take_are_refused(pipe, settings, message):
 
 
 def test_noise_of_another_shape_is_refused(pipe):
-    with pytest.raises(InputError, match=r"noise is \[2, 8, 8, 4\]; this model wants"):
+    with pytest.raises(
+        InputError, match=r"noise is float32\[2, 8, 8, 4\]; this model wants float32\[B, 8, 8, 1\]"
+    ):
         pipe.sample_latents(jnp.zeros((2, 8, 8, 4)), [1, 2])
+    with pytest.raises(InputError, match=r"noise is bfloat16\[2"):
+        pipe.sample_latents(jnp.zeros((2, 8, 8, 1), jnp.bfloat16), [1, 2])
     with pytest.raises(InputError, match="3 labels for 2 noises"):
         pipe.sample_latents(jnp.zeros((2, 8, 8, 1)), [1, 2, 3])
 

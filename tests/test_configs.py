@@ -6,7 +6,7 @@ from pathlib import Path
 import jax
 import pytest
 
-from flowturbo_jax import data, model_directory, trainer
+from flowturbo_jax import data, model_directory, tasks
 from flowturbo_jax.sample_config import SampleConfig
 from flowturbo_jax.train_config import TrainConfig
 
@@ -25,7 +25,7 @@ def test_config_builds(path):
     config = read(path)
     if "objective" in config:
         recipe = TrainConfig.create(config)
-        task = trainer.make_task(recipe, data.open_source(recipe.data))
+        task = tasks.make_task(recipe, data.open_source(recipe.data))
         params = model_directory.abstract_params(task.network)
         assert sum(leaf.size for leaf in jax.tree.leaves(params)) > 0
     else:
@@ -38,4 +38,4 @@ def test_config_builds(path):
 def test_config_opens_with_its_purpose_command_and_cost(path):
     head = path.read_text().split('"""')[1]
     assert "python train.py" in head or "python sample.py" in head
-    assert any(word in head for word in ("minute", "hour")), "what does it cost?"
+    assert any(word in head.lower() for word in ("minute", "hour")), "what does it cost?"

@@ -34,12 +34,15 @@ LAYERS = (  # lowest first; patterns are relative to the package, but for the tw
             "parallel.py",
             "model_directory.py",
             "logbook.py",
+            "recipe.py",
+            "train_config.py",
+            "sample_config.py",
             "metrics/*",
             "convert.py",
         ),
         peers=ANY,
     ),
-    Layer(("pipelines/*", "trainer.py"), peers=ANY),
+    Layer(("pipelines/*", "tasks.py", "trainer.py"), peers=ANY),
     Layer(("commands/*", "__main__.py", "__init__.py", "../train.py", "../sample.py"), peers=ANY),
 )
 CORE, MODELS = (2, 3), "models/*"  # they meet in pipelines/ and trainer.py only

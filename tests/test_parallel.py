@@ -23,7 +23,8 @@ def test_state_keeps_its_shape_and_value_on_any_number_of_devices(count):
     state = parallel.replicate(start(), devices)
     frozen = parallel.replicate(jnp.asarray(2.0), devices)
     for _ in range(3):
-        state = run(state, frozen, {"x": np.arange(8, dtype=np.float32)})
+        old, state = state, run(state, frozen, {"x": np.arange(8, dtype=np.float32)})
+        assert old["sum"].is_deleted()  # its buffer is reused, not held twice
     assert state["sum"].shape == ()
     assert int(state["count"]) == 3
     assert float(state["sum"]) == 3 * 2 * 3.5

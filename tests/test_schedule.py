@@ -101,6 +101,8 @@ def test_counts_are_the_official_samplers(heun, corrector, refiner):
     assert schedule.refiner_evaluations == 2 * refiner
     assert schedule.needs_refiner == (refiner > 0)
     assert schedule.steps == heun + corrector + refiner
+    letters = zip("HPR", (heun, corrector, refiner), strict=True)
+    assert schedule.blocks == {letter for letter, steps in letters if steps}
 
 
 @pytest.mark.parametrize(

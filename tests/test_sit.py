@@ -24,11 +24,6 @@ def inputs():
     return tuple(jnp.asarray(stored[name]) for name in ("x", "t", "y"))
 
 
-def mixed_dtypes_inside_jax():
-    """Flax's layer norm and JAX's attention compute part of a bfloat16 result in float32."""
-    return jax.numpy_dtype_promotion("standard")
-
-
 def random_params(config):
     """Parameters away from the fresh ones, whose output is zero; the position table stays."""
     rng = np.random.default_rng(0)
@@ -152,8 +147,7 @@ def test_option_changes_neither_the_output_nor_the_gradient(output_and_gradient,
 
 @pytest.mark.parametrize("options", [{"unroll": True}, {"remat": True}, {"dtype": jnp.bfloat16}])
 def test_option_changes_no_parameter(options):
-    with mixed_dtypes_inside_jax():
-        changed = jax.eval_shape(SiT(golden.MICRO, **options).initialise, jax.random.key(0))
+    changed = jax.eval_shape(SiT(golden.MICRO, **options).initialise, jax.random.key(0))
     assert changed == jax.eval_shape(SiT(golden.MICRO).initialise, jax.random.key(0))
     assert {leaf.dtype for leaf in jax.tree.leaves(changed)} == {jnp.dtype(jnp.float32)}
 
@@ -168,10 +162,7 @@ def test_every_option_changes_the_program():
     def program(**options):
         network = SiT(golden.MICRO, **options)
         params = jax.eval_shape(network.initialise, jax.random.key(0))
-        with mixed_dtypes_inside_jax():
-            return str(
-                jax.make_jaxpr(network.apply)({"params": params}, *random_inputs(golden.MICRO))
-            )
+        return str(jax.make_jaxpr(network.apply)({"params": params}, *random_inputs(golden.MICRO)))
 
     options = [{}, {"unroll": True}, {"remat": True}, {"dtype": jnp.bfloat16}]
     assert len({program(**option) for option in options}) == 4
@@ -200,8 +191,7 @@ def test_program_size_does_not_depend_on_the_depth():
 def test_bfloat16_network_returns_the_dtype_of_x_and_stays_close(params, inputs, dtype):
     x, t, labels = inputs
     exact = golden.predictor(params)(x, t, labels)
-    with mixed_dtypes_inside_jax():
-        out = golden.apply(SiT(golden.SIT, dtype=jnp.bfloat16), params, x.astype(dtype), t, labels)
+    out = golden.apply(SiT(golden.SIT, dtype=jnp.bfloat16), params, x.astype(dtype), t, labels)
     assert out.dtype == dtype
     # bfloat16 keeps 8 bits: 0.4 % per rounding, a few roundings deep, on outputs of up to 4.9.
     assert golden.deviation(out.astype(jnp.float32), exact) < 0.04 * float(jnp.abs(exact).max())

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import tiny
 
-from flowturbo_jax import data, model_directory, parallel, train_state, trainer
+from flowturbo_jax import data, model_directory, parallel, tasks, train_state, trainer
 from flowturbo_jax.interfaces import InputError
 from flowturbo_jax.pipelines.class_to_image import ClassToImage
 from flowturbo_jax.train_config import TrainConfig
@@ -23,7 +23,7 @@ def one_step(recipe: dict, devices: list, steps: int = 2):
     """The state after a few steps on given devices, without files."""
     config = TrainConfig.create(recipe)
     source = data.open_source(config.data)
-    task = trainer.make_task(config, source)
+    task = tasks.make_task(config, source)
     optimizer = train_state.make_optimizer(config.learning_rate, config.steps)
     state = train_state.create(task.network.initialise(jax.random.key(1)), optimizer)
     state = parallel.replicate(state, devices)
@@ -138,18 +138,41 @@ def test_a_refiner_learns_more_than_keeping_the_velocity(tmp_path):
 def test_the_stored_position_table_never_moves(tmp_path):
     recipe = tiny.recipe(weight_decay=0.5, learning_rate=0.1)
     state, _ = one_step(recipe, jax.devices()[:1], steps=3)
-    fresh = trainer.make_task(TrainConfig.create(recipe), data.open_source("digits"))
+    fresh = tasks.make_task(TrainConfig.create(recipe), data.open_source("digits"))
     expected = fresh.network.initialise(jax.random.key(1))["position_table"]
     np.testing.assert_array_equal(state.params["position_table"], expected)
 
 
-def test_a_nonfinite_loss_stops_the_run_and_names_the_last_checkpoint(tmp_path):
+def test_a_diverging_run_stops_before_it_saves_ruined_parameters(tmp_path):
     recipe = tiny.recipe(learning_rate=1e30, steps=20, checkpoint_every=1)
-    with pytest.raises(
-        InputError, match=r"the loss is (nan|inf) at step \d+.*last checkpoint is that of"
-    ):
+    message = r"training diverged: parameter_norm is inf at step 1 \(checkpoints: none was saved\)"
+    with pytest.raises(InputError, match=message):
         trainer.train_and_evaluate(recipe, tmp_path)
     assert not (tmp_path / "model").exists()
+    assert not list((tmp_path / "checkpoints").iterdir())
+
+
+def test_a_run_is_not_continued_under_another_teacher(tmp_path):
+    teacher = tiny.save_model(tmp_path / "teacher", refiner=False)
+    fields = {"objective": "refiner", "model_dir": str(teacher), "model": {}, "schedule": "H1R1"}
+    trainer.train_and_evaluate(tiny.recipe(**fields), tmp_path / "run")
+    model = model_directory.load(teacher)
+    other = jax.tree.map(lambda a: a + 1, model.predictor_params)
+    model_directory.save(teacher, model.description, other, None)
+    more = tiny.recipe(**fields, allow_config_change=True)
+    more.steps = 7
+    with pytest.raises(InputError, match="begun with another teacher; choose another workdir"):
+        trainer.train_and_evaluate(more, tmp_path / "run")
+
+
+@pytest.mark.parametrize("occupied", [".", "model"])
+def test_a_workdir_that_cannot_be_used_is_refused_before_training(tmp_path, occupied):
+    if occupied == "model":
+        (tmp_path / "run" / "model").mkdir(parents=True)
+    else:
+        (tmp_path / "run").write_text("a file")
+    with pytest.raises(InputError, match=r"change --workdir"):
+        trainer.train_and_evaluate(tiny.recipe(), tmp_path / "run")
 
 
 @pytest.mark.parametrize(
@@ -161,7 +184,8 @@ def test_a_nonfinite_loss_stops_the_run_and_names_the_last_checkpoint(tmp_path):
         ({"model": {"family": "sit", **tiny.SIT, "num_classes": 3}}, "has 3 classes, but digits"),
         ({"model": {"family": "sit", **tiny.SIT, "deep": 3}}, "config key model: .*deep"),
         ({"model": {"family": "dit"}}, "unknown model family 'dit'"),
-        ({"model": {"family": "sit", **tiny.SIT, "null_class": False}}, "label_dropout needs"),
+        ({"model": {"family": "sit", **tiny.SIT, "null_class": False}}, "label_dropout trains"),
+        ({"label_dropout": 0.0}, "label_dropout trains the null class"),
         ({"objective": "refiner", "model_dir": "nowhere", "model": {}}, "no model directory"),
     ],
 )
@@ -174,17 +198,28 @@ def test_recipes_that_fit_nothing_are_refused_before_anything_is_written(tmp_pat
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"objective": "gan"}, "objective is 'gan'; it must be one of"),
-        ({"steps": 0}, "steps is 0"),
+        ({"objective": "gan"}, "objective is 'gan'; it must be one of 'flow_matching', 'refiner'"),
+        ({"steps": 0}, "steps is 0; it must be at least 1"),
+        ({"steps": 1.5}, "steps is 1.5; it must be of type int"),
+        ({"remat": 1}, "remat is 1; it must be of type bool"),
         ({"seed": -1}, "seed is -1"),
-        ({"ema_decay": 1.0}, r"ema_decay is 1\.0"),
+        ({"seed": 2**32}, "seed is 4294967296"),
+        ({"ema_decay": 1.0}, r"ema_decay is 1\.0; it must be at least 0 and below 1"),
         ({"label_dropout": -0.1}, "label_dropout"),
         ({"learning_rate": 0.0}, "learning_rate is"),
+        ({"learning_rate": float("nan")}, "learning_rate is nan"),
+        ({"guidance_scale": float("inf")}, "guidance_scale is inf"),
+        ({"warmup_steps": 6}, "warmup_steps is 6; it must be at least 0 and below 6"),
         ({"dt_min": 0.2, "dt_max": 0.1}, "must rise"),
-        ({"model_dir": "digits"}, "refiner objective needs model_dir"),
+        ({"dt_max": 0.2}, "dt_max belongs to the refiner objective"),
+        ({"model_dir": "digits"}, "model_dir belongs to the refiner objective"),
+        ({"objective": "refiner"}, "refiner objective needs model_dir"),
         ({"schedule": "X1"}, "cannot be read|unknown block"),
+        ({"schedule": "H1R1"}, "schedule H1R1 refines, but a predictor is trained"),
         ({"dtype": "float8"}, "dtype is 'float8'"),
         ({"guidance": "both"}, "guidance is 'both'"),
+        ({"name": "../elsewhere"}, "it names files"),
+        ({"name": ""}, "it names files"),
     ],
 )
 def test_recipes_are_validated_at_construction(fields, message):
@@ -197,7 +232,7 @@ def test_an_unknown_or_missing_config_key_is_named():
     with pytest.raises(InputError, match="unknown config key 'stpes'"):
         TrainConfig.create({**recipe, "stpes": 3})
     del recipe["steps"]
-    with pytest.raises(InputError, match="steps"):
+    with pytest.raises(InputError, match="config key 'steps' is missing"):
         TrainConfig.create(recipe)
 
 

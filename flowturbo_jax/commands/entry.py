@@ -1,6 +1,7 @@
 """How every command starts and fails: flags to a config, errors to one line and exit code 2."""
 
 import argparse
+import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -67,17 +68,11 @@ def read_flags(argv: Sequence[str], recipe: Path, usage: str, **strings: str) ->
             flags.DEFINE_string(name, default, name, flag_values=values)
         rest = values(list(argv))[1:]
         config = values.config
-        _ = config.keys  # raises if the config file failed to load
-    except (AttributeError, KeyError) as error:
-        keys = [a.split("=")[0] for a in argv if a.startswith(("--config.", "-config."))]
-        text = str(error).strip("\"'")
-        raise InputError(
-            f"unknown config key {text} (given: {', '.join(keys)}); --help lists all"
-        ) from error
+        _ = config.keys()  # raises if the config file failed to load
     except flags.Error as error:
         raise InputError(f"{error}; --help lists all flags") from error
-    except (OSError, ImportError, SyntaxError, TypeError, ValueError) as error:
-        raise InputError(f"the config file cannot be read: {error}") from error
+    except Exception as error:
+        raise InputError(_config_error(error, argv)) from error
     if rest:
         raise InputError(f"unexpected argument {rest[0]!r}; flags begin with --")
     if asked:
@@ -88,6 +83,15 @@ def read_flags(argv: Sequence[str], recipe: Path, usage: str, **strings: str) ->
             print(f"  --config.{key}={value}")
         sys.exit(0)
     return values
+
+
+def _config_error(error: Exception, argv: Sequence[str]) -> str:
+    """What went wrong while the config file was read or its keys were set."""
+    given = [argument.split("=")[0].split(".")[-1] for argument in argv if "config." in argument]
+    named = re.findall(r"\w+", str(error))
+    if isinstance(error, AttributeError | KeyError) and named and named[0] in given:
+        return f"unknown config key {named[0]}; --help lists all"
+    return f"the config file cannot be read: {type(error).__name__}: {error}"
 
 
 def _items(config: ConfigDict, prefix: str = "") -> list[tuple[str, Any]]:

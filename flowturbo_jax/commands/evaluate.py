@@ -33,9 +33,10 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--batch-size", type=int, default=250)
     parser.add_argument("--dtype", default="float32", help="float32 or bfloat16")
     args = parser.parse_args(argv[1:])
-    schedules = [Schedule.parse(text) for text in args.schedules.split(",")]
+    # What is named twice is measured and counted once.
+    schedules = list(dict.fromkeys(Schedule.parse(text) for text in args.schedules.split(",")))
     try:
-        seeds = [int(seed) for seed in args.seeds.split(",")]
+        seeds = list(dict.fromkeys(int(seed) for seed in args.seeds.split(",")))
     except ValueError as error:
         raise InputError(f"--seeds is {args.seeds!r}; give numbers such as 0,1,2") from error
     if args.samples < 2:

@@ -80,7 +80,8 @@ def _labels(pipe: ClassToImage, config: SampleConfig) -> np.ndarray:
 
 
 def _title(schedule: Schedule, ms_per_image: float) -> list[str]:
-    method = "FlowTurbo" if schedule.blocks & {"P", "R", "Rc"} else "Heun"
+    methods = {frozenset("H"): "Heun", frozenset("E"): "Euler", frozenset("EH"): "Euler, Heun"}
+    method = methods.get(schedule.blocks, "FlowTurbo")
     refiner = f" + {schedule.refiner_evaluations} refiner" if schedule.needs_refiner else ""
     return [
         f"{method} {schedule}",

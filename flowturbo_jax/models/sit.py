@@ -4,6 +4,7 @@ Source: Ma et al., arXiv 2401.08740; architecture of DiT (Peebles & Xie, arXiv 2
 """
 
 import dataclasses
+import math
 from typing import Any
 
 import jax
@@ -55,12 +56,16 @@ class SiTConfig:
         sizes = ("input_size", "in_channels", "patch_size", "hidden_size", "depth", "num_heads")
         for name in (*sizes, "frequency_embedding_size", "in_channels_scale"):
             value = getattr(self, name)
-            if not isinstance(value, int) or value < 1:
+            if type(value) is not int or value < 1:
                 raise InputError(f"SiT {name} is {value!r}; it must be a positive integer")
-        if not isinstance(self.num_classes, int) or self.num_classes < 0:
+        if type(self.num_classes) is not int or self.num_classes < 0:
             raise InputError(f"SiT num_classes is {self.num_classes!r}; it must be 0 or more")
-        if self.mlp_ratio <= 0:
-            raise InputError(f"SiT mlp_ratio is {self.mlp_ratio!r}; it must be positive")
+        ratio = self.mlp_ratio
+        if not isinstance(ratio, int | float) or not 1 <= ratio * self.hidden_size < math.inf:
+            raise InputError(f"SiT mlp_ratio is {ratio!r}; it must be a positive number")
+        for name in ("null_class", "learn_sigma"):
+            if not isinstance(getattr(self, name), bool):
+                raise InputError(f"SiT {name} is {getattr(self, name)!r}; it must be true or false")
         for name, divisor in (
             ("input_size", self.patch_size),
             ("hidden_size", self.num_heads),
@@ -99,6 +104,21 @@ class SiTConfig:
         Source: PAPER section 3, "Same family as the predictor, about 5 % of its parameters".
         """
         return dataclasses.replace(self, **{"depth": 1, "in_channels_scale": 2, **fields})
+
+    def check_refiner(self, refiner: "SiTConfig") -> None:
+        """Refuses a refiner that was made for another predictor.
+
+        Raises:
+          InputError: it does not take [x, v] of this predictor's latents and classes.
+        """
+        found = (refiner.shape, refiner.num_classes, refiner.null_class)
+        wanted = (self.shape, self.num_classes, self.null_class)
+        if found != wanted or refiner.in_channels_scale != 2:
+            raise InputError(
+                "the refiner is for another model's shape: (latents, classes, null class) "
+                f"{found} with {refiner.in_channels_scale} inputs side by side, where the "
+                f"predictor wants {wanted} with 2"
+            )
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -145,6 +165,12 @@ class SiT(nn.Module):
 
         Source: SiT models.py, SiT.forward.
         """
+        # float32 is to mean float32: accelerators would otherwise round to TF32 or bfloat16.
+        exact = "highest" if self.dtype == jnp.float32 else "default"
+        with jax.default_matmul_precision(exact):
+            return self._forward(x, t, labels)
+
+    def _forward(self, x: jax.Array, t: jax.Array, labels: Labels | None) -> jax.Array:
         config = self.config
         tokens = layers.dense(config.hidden_size, self.dtype, name="patch_embedding")(
             rearrange(
@@ -171,7 +197,7 @@ class SiT(nn.Module):
 
     @nn.nowrap
     def initialise(self, key: jax.Array) -> Params:
-        """Fresh parameters; the final layer is zero, so that the first output is zero."""
+        """Fresh parameters, a nested dict of float32; zero in the final layer."""
         config = self.config
         channels = config.in_channels * config.in_channels_scale
         x = jnp.zeros((1, config.input_size, config.input_size, channels))

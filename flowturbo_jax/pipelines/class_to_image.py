@@ -1,5 +1,6 @@
 """From labels to images: condition, noise, sampler and decoding as one compiled program."""
 
+import numbers
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -52,7 +53,7 @@ class ClassToImage:
         seeds: int | Sequence[int] | np.ndarray = 0,
         first_index: int = 0,
         schedule: str | Schedule = DEFAULT_SCHEDULE,
-        guidance_scale: float | int | None = None,
+        guidance_scale: float | None = None,
         guidance: str | None = None,
     ) -> ImageBytes:
         """Samples one image per label.
@@ -85,7 +86,7 @@ class ClassToImage:
         labels: Sequence[int] | np.ndarray | jax.Array,
         *,
         schedule: str | Schedule = DEFAULT_SCHEDULE,
-        guidance_scale: float | int | None = None,
+        guidance_scale: float | None = None,
         guidance: str | None = None,
     ) -> Latents:
         """Samples latents from given noise.
@@ -104,8 +105,13 @@ class ClassToImage:
           InputError: as `__call__`, or the noise is of another shape.
         """
         shape = self.model.description.predictor.shape
-        if noise.ndim != 4 or noise.shape[1:] != shape:
-            raise InputError(f"noise is {list(noise.shape)}; this model wants [B, *{list(shape)}]")
+        noise = jnp.asarray(noise)
+        if noise.ndim != 4 or noise.shape[1:] != shape or noise.dtype != jnp.float32:
+            height, width, channels = shape
+            raise InputError(
+                f"noise is {noise.dtype}{list(noise.shape)}; this model wants "
+                f"float32[B, {height}, {width}, {channels}]"
+            )
         labels = self._check_labels(labels)
         if len(labels) != len(noise):
             raise InputError(f"{len(labels)} labels for {len(noise)} noises; one each is needed")
@@ -131,7 +137,7 @@ class ClassToImage:
         return jnp.asarray(labels, jnp.int32)
 
     def _settings(
-        self, schedule: str | Schedule, scale: float | int | None, mode: str | None
+        self, schedule: str | Schedule, scale: float | None, mode: str | None
     ) -> tuple[dict[str, Any], jax.Array]:
         """What selects a program, and the guidance scale as its argument."""
         description = self.model.description
@@ -143,8 +149,9 @@ class ClassToImage:
             )
         can_guide = description.predictor.null_label is not None
         if mode is None:
-            # A scale was asked for, so the default must be able to apply it.
-            mode = description.guidance if can_guide or scale is None else "paired"
+            mode = description.guidance
+            if mode == "none" and scale is not None:
+                mode = "paired"  # a scale was asked for, so guide, or say why not
         if mode not in guide.MODES:
             raise InputError(f"guidance is {mode!r}; it must be one of {', '.join(guide.MODES)}")
         if mode != "none" and not can_guide:
@@ -155,8 +162,8 @@ class ClassToImage:
         if mode == "none" and scale not in (None, 1):
             raise InputError(f"guidance 'none' has no scale, but {scale} was given; leave one out")
         scale = description.guidance_scale if scale is None else scale
-        if not np.isfinite(scale):
-            raise InputError(f"guidance_scale is {scale}; it must be a finite number")
+        if isinstance(scale, bool) or not isinstance(scale, numbers.Real) or not abs(scale) < 1e6:
+            raise InputError(f"guidance_scale is {scale!r}; it must be a number, such as 1.5")
         static = {
             "networks": _Networks(self.model),
             "schedule": schedule,
@@ -233,7 +240,11 @@ def _seeds_and_indices(seeds: Any, first_index: int, count: int) -> tuple[jax.Ar
         indices = np.zeros(count)
     else:
         raise InputError(f"{seeds.size} seeds for {count} labels; give one, or one per label")
-    if first_index < 0 or first_index + count > 2**32:
-        raise InputError(f"first_index is {first_index}; it must be in [0, 2^32)")
+    if (
+        not isinstance(first_index, numbers.Integral)
+        or first_index < 0
+        or first_index + count > 2**32
+    ):
+        raise InputError(f"first_index is {first_index!r}; it must be a whole number in [0, 2^32)")
     seeds = np.broadcast_to(seeds, (count,))
     return jnp.asarray(seeds, jnp.uint32), jnp.asarray(indices, jnp.uint32)

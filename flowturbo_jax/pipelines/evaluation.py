@@ -69,7 +69,7 @@ def generate(
     seed: int = 0,
     batch_size: int = 250,
     guidance: str | None = None,
-    guidance_scale: float | int | None = None,
+    guidance_scale: float | None = None,
     on_batch: Callable[[int], Any] = lambda done: None,
 ) -> Generated:
     """Samples one image per label, in batches of one shape.
@@ -168,7 +168,7 @@ def protocol_card(
     samples: int,
     batch_size: int,
     guidance: str | None,
-    guidance_scale: float | int | None,
+    guidance_scale: float | None,
     reference: Reference | None,
 ) -> dict[str, Any]:
     """Everything a reader must know to repeat a measurement, and nothing measured.
