@@ -23,14 +23,14 @@ if DEVICE_COUNT_FLAG not in os.environ.get("XLA_FLAGS", ""):
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {DEVICE_COUNT_FLAG}=4".strip()
 
 import jax  # noqa: E402  (after the environment is set)
-from jaxtyping import install_import_hook  # noqa: E402
+import jaxtyping  # noqa: E402
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_default_matmul_precision", "highest")
 
 # Checks every annotation of the library at run time; it must precede the first import of it.
-install_import_hook("flowturbo_jax", "typecheck.check")
+jaxtyping.install_import_hook("flowturbo_jax", "typecheck.check")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -95,3 +95,11 @@ def no_network() -> Iterator[None]:
 def fixtures() -> Path:
     """The folder of stored inputs and expected outputs."""
     return Path(__file__).parent / "fixtures"
+
+
+@pytest.fixture
+def as_users_run_it() -> Iterator[None]:
+    """No run-time check of annotations: what the library itself says of wrong types."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)

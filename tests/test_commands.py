@@ -169,6 +169,19 @@ def test_evaluate_does_not_overwrite_a_file_that_is_not_its_own(model, tmp_path,
     assert out.read_text() == '{"years": 4}'
 
 
+def test_a_wrong_type_in_a_config_file_is_one_clear_line(tmp_path, capsys, as_users_run_it):
+    config = tmp_path / "recipe.py"
+    config.write_text(
+        "from ml_collections import ConfigDict\n"
+        f"def get_config(): return ConfigDict({ {**tiny.recipe().to_dict(), 'steps': 1.5}!r})"
+    )
+    assert run(train_script.main, f"--config={config}", f"--workdir={tmp_path / 'run'}") == 2
+    assert "config key steps is 1.5; it must be of type int" in capsys.readouterr().err
+    config.write_text("def get_config(): return undefined_name")
+    assert run(train_script.main, f"--config={config}") == 2
+    assert "the config file cannot be read: NameError" in capsys.readouterr().err
+
+
 def test_scripts_run_as_programs_and_fail_without_a_traceback():
     for command in (["sample.py"], ["train.py"]):
         done = subprocess.run(

@@ -78,7 +78,7 @@ def test_a_missing_network_is_named(tmp_path):
         (lambda text: text.replace('"format": 1', '"format": 99'), "not of format 1"),
         (lambda text: text.replace('"source"', '"sauce"'), r"missing \['source'\].*sauce"),
         (lambda text: text.replace('"sit"', '"dit"'), "unknown model family 'dit'"),
-        (lambda text: text.replace('"depth"', '"deep"'), "predictor: .*dep"),
+        (lambda text: text.replace('"depth"', '"deep"'), "predictor: .*deep"),
         (lambda text: text.replace('"hidden_size": 8', '"hidden_size": 9'), "not divisible"),
         (lambda text: text.replace('"guidance": "paired"', '"guidance": "x"'), "guidance is 'x'"),
         (lambda text: text.replace('"nine"', '"nine", "ten"'), "11 class names for 10"),
@@ -91,7 +91,7 @@ def test_a_missing_network_is_named(tmp_path):
         (lambda text: text.replace('"source": {}', '"source": []'), "source must be an object"),
     ],
 )
-def test_a_wrong_description_is_refused_with_the_reason(tmp_path, change, message):
+def test_a_wrong_description_is_refused_with_the_reason(tmp_path, as_users_run_it, change, message):
     directory = tiny.save_model(tmp_path / "m")
     text = (directory / "model.json").read_text()
     assert change(text) != text

@@ -247,6 +247,16 @@ def test_steps_of_adamw_and_of_the_average_match_pytorch(training_steps, step):
     assert int(states[step].step) == step
 
 
+def test_average_is_of_the_parameters_after_the_step():
+    # The stored decay, 0.9999, moves the average by 5e-9 only.
+    optimizer = train_state.make_optimizer(0.01, steps=1)
+    state = train_state.create({"w": jnp.zeros(3)}, optimizer)
+    after = train_state.apply_gradients(state, {"w": jnp.full(3, 7.0)}, optimizer, 0.75)
+    # Adam's first step is the learning rate, but for its epsilon: 1e-8 / 7.
+    np.testing.assert_allclose(after.params["w"], [-0.01] * 3, rtol=1e-6)
+    np.testing.assert_allclose(after.ema_params["w"], [-0.0025] * 3, rtol=1e-6)
+
+
 KEY = jax.random.key(11)
 INDICES = jnp.arange(6)
 NULL = {"label": jnp.full(6, 10), "text": jnp.zeros((6, 2, 3))}

@@ -230,6 +230,19 @@ def test_refining_without_a_refiner_is_refused(text):
         sample(Flow(velocity), jnp.asarray(START, jnp.float32), text)
 
 
+@pytest.mark.parametrize(
+    ("refine", "got"),
+    [
+        (lambda x, t, m: m[:, :1], r"float32\[2, 1\] for a memory of float32\[2, 2\]"),
+        (lambda x, t, m: m.astype(jnp.bfloat16), r"bfloat16\[2, 2\] for a memory of float32"),
+        (lambda x, t, m: (m, m), r"\('float32\[2, 2\]', .* for a memory of float32"),
+    ],
+)
+def test_offset_that_does_not_fit_the_memory_is_refused(refine, got):
+    with pytest.raises(InputError, match=f"the refiner's offset is {got}.*; both must agree"):
+        sample(Flow(velocity, refine), jnp.asarray(START, jnp.float32), "H1R1")
+
+
 @pytest.mark.parametrize("t_start", [-0.5, 1.0, float("nan")])
 def test_start_off_the_path_is_refused(t_start):
     with pytest.raises(InputError, match="t_start"):
@@ -290,12 +303,17 @@ def test_gradient_is_that_of_finite_differences(float64, text):
     assert np.abs(gradient).min() > 0.1
 
 
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-def test_result_has_the_shape_and_dtype_of_the_noise(dtype):
-    noise = jnp.ones((2, 3, 1, 4), dtype) / 2
-    end = sample(FLOW, noise, "H2P2R1")
-    assert (end.shape, end.dtype) == (noise.shape, dtype)
-    assert bool(jnp.isfinite(end).all())
+def test_result_has_the_shape_and_dtype_of_the_noise(float64):
+    for dtype in (jnp.float32, jnp.float64):
+        noise = jnp.full((2, 3, 1, 4), 0.5, dtype)
+        end = jax.jit(lambda noise: sample(FLOW, noise, "H2P2R1"))(noise)
+        assert (end.shape, end.dtype) == (noise.shape, dtype)
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_noise_of_low_precision_is_refused(dtype):
+    with pytest.raises(InputError, match=f"noise is {dtype.__name__}; x is kept in float32"):
+        sample(FLOW, jnp.ones((2, 3), dtype), "H1")
 
 
 @pytest.mark.parametrize("text", ["H1P2R1", "H2P1R3"])

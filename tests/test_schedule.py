@@ -152,6 +152,7 @@ def test_intervals_tile_the_time_grid():
         ("3H", "cannot be read at '3H'"),
         ("H-1", "cannot be read at 'H-1'"),
         ("H1.5", r"cannot be read at '\.5'"),
+        ("H\u0663", "cannot be read at"),  # a three, but not an ASCII one
         ("H1,P5", "cannot be read at ',P5'"),
         ("H1 P", "cannot be read at 'P'"),
         ("E 1", "cannot be read at 'E 1'"),

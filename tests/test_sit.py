@@ -197,6 +197,19 @@ def test_bfloat16_network_returns_the_dtype_of_x_and_stays_close(params, inputs,
     assert golden.deviation(out.astype(jnp.float32), exact) < 0.04 * float(jnp.abs(exact).max())
 
 
+def test_float32_network_means_float32_whatever_the_default_precision():
+    def program(precision):
+        with jax.default_matmul_precision(precision):
+            network = SiT(golden.MICRO)
+            params = jax.eval_shape(network.initialise, jax.random.key(0))
+            return str(
+                jax.make_jaxpr(network.apply)({"params": params}, *random_inputs(golden.MICRO))
+            )
+
+    assert program("bfloat16") == program("highest")
+    assert "HIGHEST" in program("default")
+
+
 def test_fresh_predictor_answers_zero():
     x, t, labels = random_inputs(golden.MICRO)
     out = golden.predictor(golden.fresh_params(golden.MICRO), golden.MICRO)(x, t, labels)
@@ -361,7 +374,12 @@ def test_unknown_size_is_refused(name):
         ({"frequency_embedding_size": 0}, "frequency_embedding_size is 0"),
         ({"in_channels_scale": 0}, "in_channels_scale is 0"),
         ({"num_classes": -1}, "num_classes is -1; it must be 0 or more"),
-        ({"mlp_ratio": 0.0}, "mlp_ratio is 0.0; it must be positive"),
+        ({"depth": True}, "depth is True; it must be a positive integer"),
+        ({"num_classes": True}, "num_classes is True; it must be 0 or more"),
+        ({"mlp_ratio": 0.0}, "mlp_ratio is 0.0; it must be a positive number"),
+        ({"mlp_ratio": -4}, "mlp_ratio is -4; it must be a positive number"),
+        ({"mlp_ratio": float("inf")}, "mlp_ratio is inf"),
+        ({"mlp_ratio": float("nan")}, "mlp_ratio is nan"),
         ({"patch_size": 3}, "input_size 8 is not divisible by 3"),
         ({"num_heads": 5}, "hidden_size 64 is not divisible by 5"),
         ({"hidden_size": 6, "num_heads": 3}, "hidden_size 6 is not divisible by 4"),
@@ -380,6 +398,9 @@ def test_config_refuses_what_cannot_be_built(changes, message):
         ("hidden_size", "64", "hidden_size is '64'; it must be a positive integer"),
         ("depth", None, "depth is None; it must be a positive integer"),
         ("num_classes", 10.0, "num_classes is 10.0; it must be 0 or more"),
+        ("mlp_ratio", "4", "mlp_ratio is '4'; it must be a positive number"),
+        ("null_class", 1, "null_class is 1; it must be true or false"),
+        ("learn_sigma", None, "learn_sigma is None; it must be true or false"),
     ],
 )
 def test_config_refuses_other_types(name, value, message):
@@ -389,6 +410,29 @@ def test_config_refuses_other_types(name, value, message):
         object.__setattr__(config, key, field)
     with pytest.raises(InputError, match=message):
         config.__post_init__()
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [{}, {"depth": 3}, {"hidden_size": 32, "num_heads": 2}, {"patch_size": 4}],
+)
+def test_refiner_of_any_width_and_depth_fits_its_predictor(fields):
+    assert golden.SIT.check_refiner(golden.SIT.refiner(**fields)) is None
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"in_channels_scale": 1}, "with 1 inputs side by side"),
+        ({"input_size": 16}, r"\(16, 16, 4\), 10, True\)"),
+        ({"in_channels": 3}, r"\(8, 8, 3\), 10, True\)"),
+        ({"num_classes": 9}, r"\(8, 8, 4\), 9, True\)"),
+        ({"null_class": False}, r"\(8, 8, 4\), 10, False\)"),
+    ],
+)
+def test_refiner_of_another_predictor_is_refused(fields, message):
+    with pytest.raises(InputError, match=f"the refiner is for another model's shape.*{message}"):
+        golden.SIT.check_refiner(golden.SIT.refiner(**fields))
 
 
 def test_unknown_family_is_refused():

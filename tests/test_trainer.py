@@ -222,7 +222,7 @@ def test_recipes_that_fit_nothing_are_refused_before_anything_is_written(tmp_pat
         ({"name": ""}, "it names files"),
     ],
 )
-def test_recipes_are_validated_at_construction(fields, message):
+def test_recipes_are_validated_at_construction(as_users_run_it, fields, message):
     with pytest.raises(InputError, match=message):
         tiny.recipe(**fields)
 

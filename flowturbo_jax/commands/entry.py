@@ -60,6 +60,8 @@ def read_flags(argv: Sequence[str], recipe: Path, usage: str, **strings: str) ->
     values = flags.FlagValues()
     asked = [argument for argument in argv[1:] if argument in ("--help", "-h", "-help")]
     argv = [argument for argument in argv if argument not in asked]
+    # ml_collections wants the file before its keys; a user need not know.
+    argv = argv[:1] + sorted(argv[1:], key=lambda argument: not argument.startswith("--config="))
     try:
         config_flags.DEFINE_config_file(
             "config", str(recipe), "the recipe", flag_values=values, sys_argv=list(argv)
