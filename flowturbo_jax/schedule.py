@@ -92,19 +92,21 @@ class Schedule:
             return text
         if not isinstance(text, str):
             raise InputError(f"schedule is {text!r}, not text; {GRAMMAR}")
+        text = text.strip()
+        shown = _shorten(text)
         stack: list[list[Run]] = [[]]
         position = 0
-        while position < len(text.rstrip()):
+        while position < len(text):
             token = _TOKEN.match(text, position)
             if token is None or (token["times"] and len(stack) == 1):
                 raise InputError(
-                    f"schedule {text!r} cannot be read at {text[position:].strip()!r}; {GRAMMAR}"
+                    f"schedule {shown!r} cannot be read at {_shorten(text[position:])!r}; {GRAMMAR}"
                 )
             position = token.end()
             if token["run"]:
                 if token["run"] not in EVALUATIONS:
                     raise InputError(
-                        f"unknown block {token['run']!r} in schedule {text!r}; {GRAMMAR}"
+                        f"unknown block {token['run']!r} in schedule {shown!r}; {GRAMMAR}"
                     )
                 if int(token["steps"]):
                     stack[-1].append(Run(token["run"], int(token["steps"])))
@@ -115,13 +117,13 @@ class Schedule:
                 times = int(token["times"])
                 if times * len(group) > MAX_STEPS:
                     raise InputError(
-                        f"schedule {text!r} has more than {MAX_STEPS} runs; that many are taken"
+                        f"schedule {shown!r} has more than {MAX_STEPS} runs; that many are taken"
                     )
                 stack[-1] += group * times
         if len(stack) > 1:
-            raise InputError(f"schedule {text!r} has an open bracket; close it, as in (H1P1R1)x2")
+            raise InputError(f"schedule {shown!r} has an open bracket; close it, as in (H1P1R1)x2")
         if not stack[0]:
-            raise InputError(f"schedule {text!r} has no steps; {GRAMMAR}")
+            raise InputError(f"schedule {shown!r} has no steps; {GRAMMAR}")
         return cls(tuple(stack[0]))
 
     def __str__(self) -> str:
@@ -186,3 +188,7 @@ class Schedule:
         for run in self.runs:
             ends.append(ends[-1] + run.steps)
         return [(run, i, j) for run, (i, j) in zip(self.runs, pairwise(ends), strict=True)]
+
+
+def _shorten(text: str) -> str:
+    return text if len(text) <= 60 else f"{text[:57]}..."

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from flowturbo_jax import data, model_directory
+from flowturbo_jax import data, images, model_directory
 from flowturbo_jax.interfaces import InputError
 from flowturbo_jax.metrics import (
     PIXELS,
@@ -97,7 +97,7 @@ def generate(
         wanted = labels[first : first + batch_size]
         padded = np.resize(wanted, batch_size)
         begin = time.perf_counter()
-        images = pipe(
+        made = pipe(
             padded,
             seeds=seed,
             first_index=first,
@@ -105,8 +105,8 @@ def generate(
             guidance=guidance,
             guidance_scale=guidance_scale,
         )
-        images = np.asarray(images)
-        return images[: len(wanted)], (time.perf_counter() - begin) / batch_size
+        made = np.asarray(made)
+        return made[: len(wanted)], (time.perf_counter() - begin) / batch_size
 
     _, compile_seconds = call(0)
     parts, times = [], []
@@ -127,8 +127,7 @@ def digits_reference() -> Reference:
     """All real digits, compared by pixels, and a classifier fitted on three quarters of them."""
     source = data.open_source("digits")
     pixels, _ = data.arrays(source)
-    # A real image's bytes, as a sample's: both have gone through 8 bits.
-    real = np.asarray(np.round((pixels + 1) * 127.5), np.uint8)
+    real = np.asarray(images.to_uint8(pixels))  # through 8 bits, as the samples
     return Reference(
         (source.name, source.fingerprint),
         PIXELS,
@@ -151,12 +150,13 @@ def score(generated: Generated, reference: Reference) -> dict[str, float]:
         )
     found = statistics(features)
     real = reference.statistics
-    images = generated.images.astype(np.float32) / 127.5 - 1
     return {
         "frechet_distance": frechet_distance(
             found.mean, found.covariance, real.mean, real.covariance
         ),
-        "label_accuracy": reference.classifier.accuracy(images, generated.labels),
+        "label_accuracy": reference.classifier.accuracy(
+            images.from_uint8(generated.images), generated.labels
+        ),
     }
 
 
