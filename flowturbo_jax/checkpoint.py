@@ -1,5 +1,6 @@
 """Orbax checkpoints: parameters alone for model directories, whole runs for training."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +41,11 @@ def load_params(directory: Path, wanted: Params) -> Params:
             if metadata is None:
                 raise InputError(f"there is no Orbax checkpoint at {directory}; restore a copy")
             stored = flatten_dict(metadata.tree, sep="/")
-            _check_same(directory, stored, flatten_dict(wanted, sep="/"))
+            shapes = {name: a.shape for name, a in flatten_dict(wanted, sep="/").items()}
+            if wrong := mismatches(stored, shapes):
+                raise InputError(
+                    f"the parameters at {directory} are of another model: {'; '.join(wrong)}"
+                )
             target = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), wanted)
             return checkpointer.restore(directory, target)
     except InputError:
@@ -49,19 +54,20 @@ def load_params(directory: Path, wanted: Params) -> Params:
         raise InputError(_damaged(directory, error)) from error
 
 
-def _check_same(directory: Path, stored: dict[str, Any], wanted: dict[str, Any]) -> None:
-    wrong = [f"{name} is missing" for name in wanted if name not in stored]
-    wrong += [f"{name} is not known" for name in stored if name not in wanted]
-    wrong += [
-        f"{name} is {list(stored[name].shape)}, not {list(leaf.shape)}"
-        for name, leaf in wanted.items()
-        if name in stored and tuple(stored[name].shape) != tuple(leaf.shape)
+def mismatches(found: Mapping[str, Any], wanted: Mapping[str, tuple[int, ...]]) -> list[str]:
+    """Names every tensor that is missing, not known or misshapen.
+
+    Args:
+      found: arrays, or anything with a shape, by name.
+      wanted: the exact shape of each name.
+    """
+    wrong = [f"{name} is missing" for name in wanted if name not in found]
+    wrong += [f"{name} is not known" for name in found if name not in wanted]
+    return wrong + [
+        f"{name} is {list(found[name].shape)}, not {list(shape)}"
+        for name, shape in wanted.items()
+        if name in found and tuple(found[name].shape) != tuple(shape)
     ]
-    if wrong:
-        raise InputError(
-            f"the parameters at {directory} are of another model: {'; '.join(wrong[:8])}"
-            + (f"; and {len(wrong) - 8} more" if len(wrong) > 8 else "")
-        )
 
 
 def _damaged(directory: Path, error: Exception) -> str:

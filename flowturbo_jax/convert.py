@@ -7,12 +7,13 @@ convolution `(out, in, h, w)`, embedding `(rows, dim)`.
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-import jax
 import numpy as np
 from einops import rearrange
 from flax.traverse_util import flatten_dict, unflatten_dict
 
+from flowturbo_jax.checkpoint import mismatches
 from flowturbo_jax.interfaces import InputError, Params
+from flowturbo_jax.model_directory import abstract_params
 from flowturbo_jax.models import family
 
 StateDict = Mapping[str, np.ndarray]
@@ -73,13 +74,7 @@ def params_from_state(family_name: str, config: Any, state: StateDict) -> Params
     wanted = {
         name: (entry, block, shape) for entry, block, name, shape in _official(family_name, config)
     }
-    wrong = [f"{name} is missing" for name in wanted if name not in state]
-    wrong += [f"{name} is not known" for name in state if name not in wanted]
-    wrong += [
-        f"{name} is {list(state[name].shape)}, not {list(shape)}"
-        for name, (_, _, shape) in wanted.items()
-        if name in state and tuple(state[name].shape) != shape
-    ]
+    wrong = mismatches(state, {name: shape for name, (_, _, shape) in wanted.items()})
     if wrong:
         raise InputError(f"the weights do not fit this {family_name} model: {'; '.join(wrong)}")
     flat: dict[str, Any] = {}
@@ -94,8 +89,16 @@ def params_from_state(family_name: str, config: Any, state: StateDict) -> Params
 
 
 def state_from_params(family_name: str, config: Any, params: Params) -> dict[str, np.ndarray]:
-    """The official state dict of our parameters, the inverse of `params_from_state`."""
+    """The official state dict of our parameters, the inverse of `params_from_state`.
+
+    Raises:
+      InputError: parameters are missing, extra or misshapen; the message names all of them.
+    """
     flat = flatten_dict(params, sep="/")
+    wanted = flatten_dict(abstract_params(family(family_name).network(config)), sep="/")
+    wrong = mismatches(flat, {name: leaf.shape for name, leaf in wanted.items()})
+    if wrong:
+        raise InputError(f"the parameters do not fit this {family_name} model: {'; '.join(wrong)}")
     state = {}
     for entry, block, name, shape in _official(family_name, config):
         array = np.asarray(flat[entry.ours])
@@ -106,9 +109,7 @@ def state_from_params(family_name: str, config: Any, params: Params) -> dict[str
 
 def _official(family_name: str, config: Any):
     """Yields (entry, block number or None, official name, official shape) of a model's tensors."""
-    module = family(family_name).network(config)
-    abstract = jax.eval_shape(module.initialise, jax.random.key(0))
-    flat = flatten_dict(abstract, sep="/")
+    flat = flatten_dict(abstract_params(family(family_name).network(config)), sep="/")
     for entry in NAME_TABLES[family_name]:
         if entry.ours not in flat:  # an unconditional model has no label table
             continue

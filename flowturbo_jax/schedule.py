@@ -106,7 +106,7 @@ class Schedule:
             if token["run"]:
                 if token["run"] not in EVALUATIONS:
                     raise InputError(
-                        f"unknown block {token['run']!r} in schedule {shown!r}; {GRAMMAR}"
+                        f"unknown block {_shorten(token['run'])!r} in schedule {shown!r}; {GRAMMAR}"
                     )
                 if int(token["steps"]):
                     stack[-1].append(Run(token["run"], int(token["steps"])))

@@ -127,3 +127,15 @@ def test_weights_of_another_model_are_refused(config, message):
 def test_unknown_family_is_refused():
     with pytest.raises(InputError, match="unknown model family 'vit'"):
         convert.params_from_state("vit", golden.SIT, {})
+
+
+def test_export_names_all_parameters_that_are_missing_extra_or_misshapen():
+    params = convert.params_from_state("sit", golden.MICRO, golden.weights("sit/sit_micro"))
+    kernel = params["final"]["linear"].pop("kernel")
+    params["time_embedding"]["up"]["scale"] = kernel
+    params["blocks"]["mlp"]["up"]["bias"] = params["blocks"]["mlp"]["up"]["bias"][:1]
+    with pytest.raises(InputError) as error:
+        convert.state_from_params("sit", golden.MICRO, params)
+    assert "final/linear/kernel is missing" in str(error.value)
+    assert "time_embedding/up/scale is not known" in str(error.value)
+    assert "blocks/mlp/up/bias is [1, 96], not [2, 96]" in str(error.value)

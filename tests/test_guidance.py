@@ -1,6 +1,7 @@
 """Guidance modes against the reference, and what they promise about cost and conditions."""
 
 from functools import cache, partial
+from itertools import pairwise
 
 import golden
 import jax
@@ -10,7 +11,7 @@ import pytest
 
 from flowturbo_jax import blocks, guidance
 from flowturbo_jax.interfaces import State
-from flowturbo_jax.sampler import sample
+from flowturbo_jax.sampler import BLOCKS, integrate, sample
 from flowturbo_jax.schedule import Schedule
 
 MODES = {
@@ -33,11 +34,12 @@ def networks():
 def compiled(mode, schedule):
     """The sampler of one mode and schedule, for any scale and both sets of weights."""
 
-    # Level 0 compiles twice as fast and rounds no worse; test_sampler.py compiles as users do.
-    @partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+    # The trajectories in test_sampler.py are compiled as users do.
+    @partial(jax.jit, compiler_options=golden.QUICK_COMPILE)
     def run(params, refiner_params, z, labels, null_labels, scale):
         networks = golden.predictor(params), golden.refiner(refiner_params)
-        return sample(MODES[mode](*networks, labels, null_labels, scale), z, schedule)
+        state, _ = integrate(MODES[mode](*networks, labels, null_labels, scale), z, schedule)
+        return state
 
     return run
 
@@ -77,18 +79,20 @@ OFFICIAL = [
 @pytest.mark.parametrize("schedule", OFFICIAL)
 def test_samples_match_the_official_sampler(schedule, scale):
     stored = golden.arrays(f"sampling/{schedule}_cfg{scale}")
-    out = run("q3", schedule, stored, stored["y"][:2], stored["y"][2:])
+    x, memory = run("q3", schedule, stored, stored["y"][:2], stored["y"][2:])
     assert Schedule.parse(schedule) == Schedule.parse(one_by_one(str(stored["kinds"])))
-    assert golden.deviation(out, stored["x_final"][:2]) < golden.SAMPLES
-    assert golden.deviation(out, stored["x_final_f64"][:2]) < golden.SAMPLES
+    assert golden.deviation(x, stored["x_final"][:2]) < golden.SAMPLES
+    assert golden.deviation(x, stored["x_final_f64"][:2]) < golden.SAMPLES
+    assert golden.deviation(memory.reshape(4, 8, 8, 4), stored["v_final"]) < golden.SAMPLES
 
 
 @pytest.mark.parametrize("letters", ["HPRHPR", "HRP", "PHR"])
 def test_samples_of_other_orders_match_the_official_blocks(letters):
     stored = golden.arrays(f"sampling/order_{letters}_cfg4.0")
-    out = run("q3", one_by_one(letters), stored, stored["y"][:2], stored["y"][2:])
-    assert golden.deviation(out, stored["x_final"][:2]) < golden.SAMPLES
-    assert golden.deviation(out, stored["x_final_f64"][:2]) < golden.SAMPLES
+    x, memory = run("q3", one_by_one(letters), stored, stored["y"][:2], stored["y"][2:])
+    assert golden.deviation(x, stored["x_final"][:2]) < golden.SAMPLES
+    assert golden.deviation(x, stored["x_final_f64"][:2]) < golden.SAMPLES
+    assert golden.deviation(memory.reshape(4, 8, 8, 4), stored["v_final"]) < golden.SAMPLES
 
 
 @pytest.mark.parametrize("schedule", ["H1P0R2", "H1P2R0", "H1P2R1", "H2P1R3"])
@@ -104,9 +108,9 @@ def test_samples_of_every_mode_and_rule_match_their_formula(schedule, mode, rule
         labels = stored["y"]
         null_labels = np.full_like(labels, stored["null_label"])
         text = one_by_one(str(stored["kinds"]), refiner)
-        out = run(mode, text, stored, labels, null_labels)
-        assert golden.deviation(out, stored[name][:2]) < golden.SAMPLES
-        assert golden.deviation(out, stored[f"{name}_f64"][:2]) < golden.SAMPLES
+        x, _ = run(mode, text, stored, labels, null_labels)
+        assert golden.deviation(x, stored[name][:2]) < golden.SAMPLES
+        assert golden.deviation(x, stored[f"{name}_f64"][:2]) < golden.SAMPLES
 
 
 def test_modes_and_rules_differ_by_more_than_rounding():
@@ -163,6 +167,28 @@ def test_paired_branches_are_the_unguided_networks(networks):
     assert golden.deviation(offset.reshape(8, 8, 8, 4), stored["cfg_raw"]) < golden.FORWARD
 
 
+@pytest.mark.parametrize("scale", ["1.5", "4.0"])
+def test_every_guided_evaluation_is_that_of_the_official_sampler(networks, scale):
+    stored = golden.arrays(f"sampling/H1P2R1_cfg{scale}")
+    y, grid = jnp.asarray(stored["y"]), jnp.asarray(stored["t_grid"])
+    flow = guidance.official(*networks, y[:2], y[2:], float(scale), guided_channels=3)
+    outputs = []
+
+    def recorded(function):
+        def call(*arguments):
+            outputs.append(function(*arguments))
+            return outputs[-1]
+
+        return call
+
+    flow = flow._replace(predict=recorded(flow.predict), refine=recorded(flow.refine))
+    state = State(jnp.asarray(stored["z"]), None)
+    for letter, times in zip(str(stored["kinds"]), pairwise(grid), strict=True):
+        state = BLOCKS[letter](flow, state, *times)
+    ours = jnp.stack(outputs).reshape(6, 4, 8, 8, 4)
+    assert golden.deviation(ours, stored["guided_network_outputs"]) < golden.SAMPLES
+
+
 def first_velocity_heun(flow, state, t, t_next):
     """Heun's method as in transport/integrators.py, which hands on the velocity at its start."""
     return blocks.heun(flow, state, t, t_next)._replace(memory=flow.predict(state.x, t))
@@ -176,11 +202,11 @@ def test_chained_rule_is_that_of_the_second_official_sampler(networks, letters):
 
     def trajectory(**rule):
         state = State(jnp.asarray(stored["z"]), None)
-        for letter, t, t_next in zip(letters, grid[:-1], grid[1:], strict=True):
+        for letter, times in zip(letters, pairwise(grid), strict=True):
             if letter == "H":
-                state = first_velocity_heun(flow, state, t, t_next)
+                state = first_velocity_heun(flow, state, *times)
             else:
-                state = blocks.refine(flow, state, t, t_next, **rule)
+                state = blocks.refine(flow, state, *times, **rule)
             yield state.x
 
     chained = jnp.stack(list(trajectory(chained=True)))

@@ -58,7 +58,11 @@ def loss_and_gradients():
         )
         return jnp.mean(losses), losses
 
-    return jax.jit(jax.value_and_grad(mean_loss, argnums=(0, 1), has_aux=True), static_argnums=3)
+    return jax.jit(
+        jax.value_and_grad(mean_loss, argnums=(0, 1), has_aux=True),
+        static_argnums=3,
+        compiler_options=golden.QUICK_COMPILE,
+    )
 
 
 @pytest.mark.parametrize(("name", "label_handling"), HANDLINGS)
@@ -180,7 +184,9 @@ def test_flow_matching_loss_and_gradients_match_the_official_training():
         losses = objective.flow_matching_loss(network, *batch)
         return jnp.mean(losses), losses
 
-    gradients, losses = jax.jit(jax.grad(mean_loss, has_aux=True))(params)
+    gradients, losses = jax.jit(
+        jax.grad(mean_loss, has_aux=True), compiler_options=golden.QUICK_COMPILE
+    )(params)
     for suffix in ("", "_f64"):
         np.testing.assert_allclose(losses, stored[f"per_sample{suffix}"], rtol=LOSSES)
         np.testing.assert_allclose(losses.mean(), stored[f"mean{suffix}"], rtol=LOSSES)
@@ -252,9 +258,9 @@ def test_average_is_of_the_parameters_after_the_step():
     optimizer = train_state.make_optimizer(0.01, steps=1)
     state = train_state.create({"w": jnp.zeros(3)}, optimizer)
     after = train_state.apply_gradients(state, {"w": jnp.full(3, 7.0)}, optimizer, 0.75)
-    # Adam's first step is the learning rate, but for its epsilon: 1e-8 / 7.
-    np.testing.assert_allclose(after.params["w"], [-0.01] * 3, rtol=1e-6)
-    np.testing.assert_allclose(after.ema_params["w"], [-0.0025] * 3, rtol=1e-6)
+    # Adam's first step is the learning rate; 1 - 0.999 keeps 5 digits of float32.
+    np.testing.assert_allclose(after.params["w"], [-0.01] * 3, rtol=1e-4)
+    np.testing.assert_allclose(after.ema_params["w"], [-0.0025] * 3, rtol=1e-4)
 
 
 KEY = jax.random.key(11)
