@@ -16,6 +16,8 @@ def save_params(directory: Path, params: Params) -> None:
     """Writes parameters as an Orbax directory that loads on any number of devices."""
     with ocp.StandardCheckpointer() as checkpointer:
         checkpointer.save(Path(directory).absolute(), jax.tree.map(np.asarray, params))
+    # Orbax notes there where it wrote; a model directory is whole by its checksum, wherever it is.
+    (Path(directory) / "commit_success.txt").unlink(missing_ok=True)
 
 
 def load_params(directory: Path, wanted: Params) -> Params:

@@ -217,7 +217,9 @@ def _load_checked(
 def _digest(directory: Path) -> str:
     """sha256 over the names and contents of all files in a folder, in hexadecimal."""
     digest = hashlib.sha256()
-    for path in sorted(path for path in directory.rglob("*") if path.is_file()):
+    # Files that begin with a dot are the operating system's, such as .DS_Store.
+    files = [path for path in directory.rglob("[!.]*") if path.is_file()]
+    for path in sorted(files):
         with path.open("rb") as file:
             content = hashlib.file_digest(file, "sha256").hexdigest()
         digest.update(f"{path.relative_to(directory).as_posix()} {content}\n".encode())

@@ -29,6 +29,9 @@ class Recipe:
             if not _is(value, hint):
                 wanted = getattr(hint, "__name__", str(hint))
                 raise InputError(f"config key {key} is {value!r}; it must be of type {wanted}")
+            if type(value) is int and float in (hint, *typing.get_args(hint)):
+                # Kept as int, it would make a flag that takes whole numbers only.
+                object.__setattr__(self, key, float(value))
         if not re.fullmatch(r"[\w.-]*\w[\w.-]*", self.name, re.ASCII):
             raise InputError(
                 f"config key name is {self.name!r}; it names files: take letters, digits, . - and _"

@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -13,6 +14,8 @@ from flowturbo_jax.model_directory import Description, Model
 from flowturbo_jax.models import family
 from flowturbo_jax.train_config import TrainConfig
 
+Losses = Callable[[Params, Params | None, dict[str, jax.Array], jax.Array], dict[str, jax.Array]]
+
 
 class Task(NamedTuple):
     """What is trained.
@@ -21,12 +24,15 @@ class Task(NamedTuple):
       network: module whose parameters are trained.
       frozen: parameters the losses need besides, or None.
       losses: `(params, frozen, batch, key) -> {name: [B]}`; "loss" is what is minimised.
+      evaluate: as losses, on the times a sampler asks for whatever the recipe trains on: a step
+        size per sample, and t + dt <= 1. So recipes can be compared.
       model: `(params) -> Model`, to sample from and to save.
     """
 
     network: Any
     frozen: Params | None
-    losses: Callable[[Params, Params | None, dict[str, jax.Array], jax.Array], dict[str, jax.Array]]
+    losses: Losses
+    evaluate: Losses
     model: Callable[[Params], Model]
 
 
@@ -48,12 +54,7 @@ def _predictor_task(config: TrainConfig, source: data.DataSource) -> Task:
         network_config = kind.config(**fields)
     except TypeError as error:
         raise InputError(f"config key model: {error}") from error
-    _check_fits(network_config, source)
-    if network_config.num_classes and (config.label_dropout > 0) != network_config.null_class:
-        raise InputError(
-            "label_dropout trains the null class, so a model has both or neither: label_dropout is "
-            f"{config.label_dropout}, null_class {network_config.null_class}"
-        )
+    _check_fits(config, network_config, source)
     options = {"dtype": model_directory.network_dtype(config.dtype)}
     network = kind.predictor(network_config, remat=config.remat, **options)
 
@@ -76,13 +77,13 @@ def _predictor_task(config: TrainConfig, source: data.DataSource) -> Task:
         )
         return Model(description, kind.predictor(network_config, **options), params, None, None)
 
-    return Task(network, None, losses, model)
+    return Task(network, None, losses, losses, model)
 
 
 def _refiner_task(config: TrainConfig, source: data.DataSource) -> Task:
     teacher = model_directory.load(config.model_dir, config.dtype)
     predictor_config = teacher.description.predictor
-    _check_fits(predictor_config, source)
+    _check_fits(config, predictor_config, source)
     kind = family(teacher.description.family)
     try:
         network_config = predictor_config.refiner(**config.model)
@@ -104,8 +105,8 @@ def _refiner_task(config: TrainConfig, source: data.DataSource) -> Task:
         None,
     )
 
-    def losses(params, frozen, batch, key):
-        draws = _draws(config, predictor_config, batch, key)
+    def losses(recipe, params, frozen, batch, key):
+        draws = _draws(recipe, predictor_config, batch, key)
 
         def loss(refiner):
             return objective.refiner_loss(
@@ -128,7 +129,10 @@ def _refiner_task(config: TrainConfig, source: data.DataSource) -> Task:
     def model(params):
         return dataclasses.replace(trained, refiner_params=params)
 
-    return Task(network, teacher.predictor_params, losses, model)
+    fair = dataclasses.replace(config, dt_per_sample=True, times_inside=True)
+    return Task(
+        network, teacher.predictor_params, partial(losses, config), partial(losses, fair), model
+    )
 
 
 def _apply(network: Any, params: Params) -> Callable:
@@ -157,11 +161,17 @@ def _draws(config: TrainConfig, network_config: Any, batch: Any, key: jax.Array)
     return draws
 
 
-def _check_fits(network_config: Any, source: data.DataSource) -> None:
+def _check_fits(config: TrainConfig, network_config: Any, source: data.DataSource) -> None:
     if network_config.shape != source.shape:
         raise InputError(
             f"the model takes {list(network_config.shape)}, but {source.name} has "
             f"{list(source.shape)}; change the model's input_size and in_channels"
+        )
+    has_null = network_config.null_label is not None
+    if network_config.num_classes and (config.label_dropout > 0) != has_null:
+        raise InputError(
+            "label_dropout trains the null class, so a model has both or neither: label_dropout is "
+            f"{config.label_dropout}, null_class {has_null}"
         )
     if network_config.num_classes not in (0, len(source.class_names)):
         raise InputError(

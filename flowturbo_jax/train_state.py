@@ -110,6 +110,10 @@ def apply_gradients(
         params = optax.apply_updates(state.params, updates)
     d = ema_rate(state.step, ema_decay, ema_warmup)
     ema_params = jax.tree.map(
-        lambda average, new: d * average + (1 - d) * new, state.ema_params, params
+        # Rounding would move the average of a constant, so what is frozen is copied.
+        lambda learnt, average, new: d * average + (1 - d) * new if learnt else new,
+        _learnt(params),
+        state.ema_params,
+        params,
     )
     return TrainState(state.step + 1, params, ema_params, opt_state)

@@ -1,6 +1,7 @@
 """Training, from a recipe and a folder to a model directory: reads top to bottom."""
 
 import dataclasses
+import os
 import signal
 import threading
 from collections.abc import Callable, Iterator
@@ -49,13 +50,13 @@ def train_and_evaluate(config: Any, workdir: str | Path) -> TrainState:
     task = tasks.make_task(config, source)
     _check_workdir(workdir)
     batches = data.batches(source, config.batch_size, config.seed)
-    optimizer = _optimizer(config)
+    optimizer = optimizer_of(config)
     init_key, train_key, evaluation_key = jax.random.split(jax.random.key(config.seed), 3)
     params = jax.jit(task.network.initialise)(init_key)
     state = parallel.replicate(train_state.create(params, optimizer))
     frozen = parallel.replicate(task.frozen)
     step_function = parallel.data_parallel(make_step(task, optimizer, config, train_key))
-    evaluate = jax.jit(task.losses)
+    evaluate = jax.jit(task.evaluate)
     evaluation_batch = _with_index(data.batches(source, config.evaluation_size, config.seed)[0])
 
     identity = _identity(config, source, task)
@@ -78,14 +79,14 @@ def train_and_evaluate(config: Any, workdir: str | Path) -> TrainState:
                 if log:
                     logbook.scalars(done, {f"train/{k}": v for k, v in metrics.items()})
                     bar.set_postfix(loss=f"{float(metrics['loss']):.4f}")
-                if save:
-                    checkpoints.save(done, state, identity)
                 if _due(done, config.evaluate_every, config.steps):
                     losses = evaluate(state.ema_params, frozen, evaluation_batch, evaluation_key)
                     logbook.scalars(done, {f"evaluation/{k}": v.mean() for k, v in losses.items()})
                     picture = _sample_grid(task.model(state.ema_params), config)
                     images.save_png(workdir / "samples" / f"{done:07d}.png", picture)
                     logbook.picture(done, "samples", picture)
+                if save:  # last, so that what is not saved is also made again
+                    checkpoints.save(done, state, identity)
                 if stopping:
                     break
     if int(state.step) < config.steps:
@@ -116,7 +117,8 @@ def make_step(task: Task, optimizer: Any, config: TrainConfig, key: jax.Array) -
     return step
 
 
-def _optimizer(config: TrainConfig) -> optax.GradientTransformation:
+def optimizer_of(config: TrainConfig) -> optax.GradientTransformation:
+    """The optimiser a recipe describes."""
     return train_state.make_optimizer(
         config.learning_rate,
         config.steps,
@@ -159,6 +161,8 @@ def _check_workdir(workdir: Path) -> None:
         raise InputError(
             f"cannot write to {workdir}: {error.strerror}; change --workdir"
         ) from error
+    if not os.access(workdir, os.W_OK):
+        raise InputError(f"cannot write to {workdir}: it is read-only; change --workdir")
     model = workdir / "model"
     if model.exists() and not (model / "model.json").is_file():
         raise InputError(f"{model} exists and is no model directory; change --workdir")
@@ -186,6 +190,12 @@ def _resume(
             f"the run was begun with another config ({'; '.join(changed)}); choose another "
             "workdir, or set allow_config_change"
         )
+    if any(begun.get(key) != identity[key] for key in ("objective", "model")):
+        raise InputError("a run cannot be continued with another model; choose another workdir")
+    if checkpoints.latest_step > identity["steps"]:
+        raise InputError(
+            f"the run is at step {checkpoints.latest_step} already, past steps={identity['steps']}"
+        )
     tqdm.write(f"resuming from step {checkpoints.latest_step}")
     return checkpoints.state(state)
 
@@ -210,7 +220,8 @@ def _stop_signals() -> Iterator[threading.Event]:
 
     def request(number: int, _: Any) -> None:
         stop.set()
-        signal.signal(number, previous[number])  # a second signal ends the program at once
+        for other, handler in previous.items():  # a second signal ends the program at once
+            signal.signal(other, handler)
 
     for number in (signal.SIGINT, signal.SIGTERM):
         previous[number] = signal.signal(number, request)

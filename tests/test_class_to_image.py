@@ -1,3 +1,5 @@
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,6 +9,7 @@ import tiny
 import flowturbo_jax as ft
 from flowturbo_jax import model_directory, path
 from flowturbo_jax.interfaces import InputError
+from flowturbo_jax.pipelines import evaluation
 
 
 @pytest.fixture(scope="module")
@@ -109,6 +112,30 @@ def test_bfloat16_networks_stay_near_float32(pipe, tmp_path):
     assert rounded.dtype == jnp.float32
     error = np.sqrt(np.mean((np.asarray(rounded) - exact) ** 2) / np.mean(exact**2))
     assert 0 < error < 0.05  # bfloat16 keeps 8 bits: 2^-8 per product, a few of them add up
+
+
+def test_what_a_card_says_of_guidance_is_what_was_done(pipe):
+    assert pipe.resolve_guidance() == ("paired", 1.5)
+    assert pipe.resolve_guidance("none") == ("none", 1.0)
+    model = pipe.model
+    quiet = dataclasses.replace(model.description, guidance="none")
+    other = ft.ClassToImage(dataclasses.replace(model, description=quiet))
+    assert other.resolve_guidance() == ("none", 1.0)
+    assert other.resolve_guidance(scale=2) == ("paired", 2.0)
+    settings = {"seed": 0, "samples": 2, "batch_size": 2, "reference": None}
+    card = evaluation.protocol_card(other, "H1", guidance=None, guidance_scale=2, **settings)
+    assert (card["guidance"], card["guidance_scale"]) == ("paired", 2.0)
+
+
+def test_the_guidance_scale_may_be_an_array_or_traced(pipe):
+    noise = jnp.asarray(np.random.default_rng(0).standard_normal((2, 8, 8, 1)), jnp.float32)
+
+    def sample(scale):
+        return pipe.sample_latents(noise, [1, 2], guidance_scale=scale, **SHORT)
+
+    np.testing.assert_array_equal(sample(jnp.float32(2)), sample(2.0))
+    both = jax.vmap(sample)(jnp.asarray([1.0, 2.0]))
+    np.testing.assert_allclose(both[1], sample(2.0), atol=2e-5)  # rounding of another batch shape
 
 
 @pytest.mark.parametrize(

@@ -34,6 +34,13 @@ def test_config_builds(path):
     assert config.name == path.stem.removesuffix("_sample")
 
 
+def test_a_whole_number_in_a_recipe_leaves_its_flag_a_float():
+    recipe = SampleConfig("x", model_dir="digits", schedule="H1", guidance_scale=2)
+    config = recipe.to_config_dict()
+    config.guidance_scale = 1.5
+    assert SampleConfig.create(config).guidance_scale == 1.5
+
+
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_config_opens_with_its_purpose_command_and_cost(path):
     head = path.read_text().split('"""')[1]

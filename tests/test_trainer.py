@@ -24,7 +24,7 @@ def one_step(recipe: dict, devices: list, steps: int = 2):
     config = TrainConfig.create(recipe)
     source = data.open_source(config.data)
     task = tasks.make_task(config, source)
-    optimizer = train_state.make_optimizer(config.learning_rate, config.steps)
+    optimizer = trainer.optimizer_of(config)
     state = train_state.create(task.network.initialise(jax.random.key(1)), optimizer)
     state = parallel.replicate(state, devices)
     frozen = parallel.replicate(task.frozen, devices)
@@ -38,6 +38,23 @@ def one_step(recipe: dict, devices: list, steps: int = 2):
         state, metrics = step(state, frozen, batch)
         losses.append(float(metrics["loss"]))
     return state, losses
+
+
+def record_batches(monkeypatch, batches) -> list[int]:
+    """Lets data.batches note which training steps are asked for, and returns the list."""
+    asked: list[int] = []
+
+    class Recording:
+        def __init__(self, source, batch_size, seed):
+            self._batches, self._train = batches(source, batch_size, seed), batch_size == 8
+
+        def __getitem__(self, step):
+            if self._train:  # the evaluation batch has another size
+                asked.append(step)
+            return self._batches[step]
+
+    monkeypatch.setattr(data, "batches", Recording)
+    return asked
 
 
 def test_training_writes_checkpoints_metrics_samples_and_a_model(tmp_path):
@@ -75,8 +92,9 @@ def test_a_stopped_run_continues_bit_for_bit(tmp_path, monkeypatch, number):
     stopped = trainer.train_and_evaluate(recipe, tmp_path / "stopped")
     assert 3 <= int(stopped.step) < 6
     assert not (tmp_path / "stopped" / "model").exists()
-    monkeypatch.setattr(data, "batches", batches)
+    asked = record_batches(monkeypatch, batches)
     continued = trainer.train_and_evaluate(recipe, tmp_path / "stopped")
+    assert asked == list(range(int(stopped.step), 6))  # it did not begin anew
     assert same_bits(continued, whole)
     first, second = (
         [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
@@ -85,19 +103,28 @@ def test_a_stopped_run_continues_bit_for_bit(tmp_path, monkeypatch, number):
     assert first == second
 
 
-def test_a_finished_run_is_not_trained_again(tmp_path):
+def test_a_finished_run_is_not_trained_again(tmp_path, monkeypatch):
     first = trainer.train_and_evaluate(tiny.recipe(), tmp_path)
+    asked = record_batches(monkeypatch, data.batches)
     again = trainer.train_and_evaluate(tiny.recipe(), tmp_path)
+    assert asked == []
     assert same_bits(first, again)
 
 
-def test_a_changed_config_is_refused_with_the_difference_unless_allowed(tmp_path):
+def test_a_changed_config_is_refused_with_the_difference_unless_allowed(tmp_path, monkeypatch):
     trainer.train_and_evaluate(tiny.recipe(), tmp_path)
     changed = tiny.recipe(steps=7, learning_rate=2e-3, log_every=5)
     with pytest.raises(InputError, match=r"learning_rate: 0\.001 -> 0\.002; steps: 6 -> 7\)"):
         trainer.train_and_evaluate(changed, tmp_path)
+    asked = record_batches(monkeypatch, data.batches)
     allowed = tiny.recipe(steps=7, learning_rate=2e-3, allow_config_change=True)
     assert int(trainer.train_and_evaluate(allowed, tmp_path).step) == 7
+    assert asked == [6]
+    wider = tiny.recipe(model={"family": "sit", **tiny.SIT, "depth": 3}, allow_config_change=True)
+    with pytest.raises(InputError, match="cannot be continued with another model"):
+        trainer.train_and_evaluate(wider, tmp_path)
+    with pytest.raises(InputError, match="is at step 7 already, past steps=6"):
+        trainer.train_and_evaluate(tiny.recipe(allow_config_change=True), tmp_path)
 
 
 def test_four_devices_train_as_one(tmp_path):
@@ -141,6 +168,7 @@ def test_the_stored_position_table_never_moves(tmp_path):
     fresh = tasks.make_task(TrainConfig.create(recipe), data.open_source("digits"))
     expected = fresh.network.initialise(jax.random.key(1))["position_table"]
     np.testing.assert_array_equal(state.params["position_table"], expected)
+    np.testing.assert_array_equal(state.ema_params["position_table"], expected)
 
 
 def test_a_diverging_run_stops_before_it_saves_ruined_parameters(tmp_path):

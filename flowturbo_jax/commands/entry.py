@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def run(main: Callable[[Sequence[str]], None], argv: Sequence[str] | None = None) -> NoReturn:
-    """Runs a command and exits: 0 if it worked, 2 on bad input, 130 if it was interrupted.
+    """Runs a command and exits: 0 if it worked, 2 on bad input, 130 on Ctrl-C (training saves).
 
     Args:
       main: takes the whole argv; raises InputError on bad input.
@@ -72,7 +72,12 @@ def read_flags(argv: Sequence[str], recipe: Path, usage: str, **strings: str) ->
         config = values.config
         _ = config.keys()  # raises if the config file failed to load
     except flags.Error as error:
-        raise InputError(f"{error}; --help lists all flags") from error
+        text = str(error)
+        if "Traceback" in text:  # ml_collections puts the whole of it into the message
+            text = f"config file: {text.strip().splitlines()[-1].split('InputError: ')[-1]}"
+        raise InputError(f"{text}; --help lists all flags") from error
+    except InputError:
+        raise
     except Exception as error:
         raise InputError(_config_error(error, argv)) from error
     if rest:

@@ -53,7 +53,7 @@ class ClassToImage:
         seeds: int | Sequence[int] | np.ndarray = 0,
         first_index: int = 0,
         schedule: str | Schedule = DEFAULT_SCHEDULE,
-        guidance_scale: float | None = None,
+        guidance_scale: float | jax.Array | None = None,
         guidance: str | None = None,
     ) -> ImageBytes:
         """Samples one image per label.
@@ -86,7 +86,7 @@ class ClassToImage:
         labels: Sequence[int] | np.ndarray | jax.Array,
         *,
         schedule: str | Schedule = DEFAULT_SCHEDULE,
-        guidance_scale: float | None = None,
+        guidance_scale: float | jax.Array | None = None,
         guidance: str | None = None,
     ) -> Latents:
         """Samples latents from given noise.
@@ -137,16 +137,40 @@ class ClassToImage:
         return jnp.asarray(labels, jnp.int32)
 
     def _settings(
-        self, schedule: str | Schedule, scale: float | None, mode: str | None
+        self, schedule: str | Schedule, scale: float | jax.Array | None, mode: str | None
     ) -> tuple[dict[str, Any], jax.Array]:
         """What selects a program, and the guidance scale as its argument."""
-        description = self.model.description
         schedule = Schedule.parse(schedule)
         if schedule.needs_refiner and self.model.refiner is None:
             raise InputError(
                 f"schedule {schedule} refines, but this model has no refiner; take a schedule of "
                 "E, H and P, or train one with train.py"
             )
+        mode, scale = self.resolve_guidance(mode, scale)
+        static = {
+            "networks": _Networks(self.model),
+            "schedule": schedule,
+            "guidance": mode,
+        }
+        return static, jnp.asarray(scale, jnp.float32)
+
+    def resolve_guidance(
+        self, mode: str | None = None, scale: Any = None
+    ) -> tuple[str, float | jax.Array]:
+        """The guidance mode and scale that a call with these arguments uses.
+
+        Args:
+          mode: "paired", "official" or "none"; the model's default if None, but "paired" where
+            that is "none" and a scale is given.
+          scale: a number, also as a traced or concrete array `[]`; the model's default if None.
+
+        Returns:
+          Mode and scale; the scale of "none" is 1.
+
+        Raises:
+          InputError: the model cannot be guided, or not so.
+        """
+        description = self.model.description
         can_guide = description.predictor.null_label is not None
         if mode is None:
             mode = description.guidance
@@ -159,17 +183,15 @@ class ClassToImage:
                 "this model cannot be guided: it has no null class (it is unconditional, or was "
                 "trained without label dropout); use guidance 'none'"
             )
-        if mode == "none" and scale not in (None, 1):
-            raise InputError(f"guidance 'none' has no scale, but {scale} was given; leave one out")
-        scale = description.guidance_scale if scale is None else scale
+        if isinstance(scale, jax.Array) and scale.ndim == 0 and mode != "none":
+            return mode, scale
+        if scale is None:
+            scale = description.guidance_scale if mode != "none" else 1.0
         if isinstance(scale, bool) or not isinstance(scale, numbers.Real) or not abs(scale) < 1e6:
             raise InputError(f"guidance_scale is {scale!r}; it must be a number, such as 1.5")
-        static = {
-            "networks": _Networks(self.model),
-            "schedule": schedule,
-            "guidance": mode,
-        }
-        return static, jnp.asarray(scale, jnp.float32)
+        if mode == "none" and scale != 1:
+            raise InputError(f"guidance 'none' has no scale, but {scale} was given; leave one out")
+        return mode, float(scale)
 
 
 class _Networks:

@@ -184,8 +184,7 @@ def protocol_card(
       reference: what the samples are compared with, if anything.
     """
     description, schedule = pipe.model.description, Schedule.parse(schedule)
-    mode = guidance or description.guidance
-    scale = description.guidance_scale if guidance_scale is None else guidance_scale
+    mode, scale = pipe.resolve_guidance(guidance, guidance_scale)
     refiner_params = pipe.model.refiner_params
     card = {
         "schedule": str(schedule),
@@ -193,7 +192,7 @@ def protocol_card(
         "predictor_evaluations": schedule.predictor_evaluations,
         "refiner_evaluations": schedule.refiner_evaluations,
         "guidance": mode,
-        "guidance_scale": 1.0 if mode == "none" else float(scale),
+        "guidance_scale": float(scale),
         "guided_channels": description.guided_channels if mode == "official" else None,
         "dtype": np.dtype(pipe.model.predictor.dtype).name,
         "seed": seed,
