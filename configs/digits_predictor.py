@@ -2,7 +2,8 @@
 
 python train.py --config=configs/digits_predictor.py --workdir=runs/digits_predictor
 
-About half an hour on two cores; writes runs/digits_predictor/model, 1.4 M parameters.
+About half an hour on two cores; writes runs/digits_predictor/model, 1.4 M parameters. The last
+evaluation/loss should be about 0.311; docs/digits.md has what its samples reach.
 """
 
 from flowturbo_jax.train_config import TrainConfig

@@ -2,7 +2,9 @@
 
 python train.py --config=configs/digits_refiner.py --workdir=runs/digits_refiner
 
-Minutes on two cores; writes runs/digits_refiner/model: the predictor it was trained for, and it.
+Four minutes on two cores; writes runs/digits_refiner/model: its predictor, and it. The last
+evaluation/loss should be about 0.0114, where keeping the velocity has 0.0241; docs/digits.md has
+what its samples reach.
 """
 
 from flowturbo_jax.train_config import TrainConfig

@@ -2,7 +2,8 @@
 
   python train.py --config=configs/digits_refiner_official.py
 
-Takes the minutes of the default refiner. The official recipe in miniature, with which a refiner
+Four minutes on two cores, to an evaluation/loss of about 0.017 (keeping the velocity: 0.038; the
+labels differ from the default). The official recipe in miniature, with which a refiner
 hurts (docs/refiner_training.md), is this with
 
   --config.steps=1000 --config.dt_max=0.12 --config.dt_per_sample=False

@@ -49,8 +49,8 @@ def paired(
 ) -> Flow:
     """Remembers and refines each branch under its own condition; guides only what moves x.
 
-    This is what the refiner's training objective asks for (FlowTurbo eq. 13), and beats the
-    official mode at every schedule we measured (docs/digits.md).
+    This is what the refiner's training objective asks for (FlowTurbo eq. 13), and is better than
+    the official mode where refiner steps follow each other (docs/digits.md).
 
     Args:
       predictor: the big network.
