@@ -10,11 +10,12 @@ Writes a picture and a JSON file with the protocol card to --config.out, and pri
 from collections.abc import Sequence
 
 from flowturbo_jax.commands import entry, sample
+from flowturbo_jax.sample_config import SampleConfig
 
 
 def main(argv: Sequence[str]) -> None:
     """Reads the flags, samples, and prints the table."""
-    flags = entry.read_flags(argv, entry.ROOT / "configs/digits_sample.py", __doc__)
+    flags = entry.read_flags(argv, entry.ROOT / "configs/digits_sample.py", SampleConfig, __doc__)
     report = sample.sample(flags.config)
     print(sample.table(report))
     print(f"wrote {report['picture']} and {report['picture'].removesuffix('.png')}.json")

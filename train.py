@@ -13,11 +13,14 @@ from pathlib import Path
 
 from flowturbo_jax import trainer
 from flowturbo_jax.commands import entry
+from flowturbo_jax.train_config import TrainConfig
 
 
 def main(argv: Sequence[str]) -> None:
     """Reads the flags, trains, and says what to do next."""
-    flags = entry.read_flags(argv, entry.ROOT / "configs/digits_refiner.py", __doc__, workdir="")
+    flags = entry.read_flags(
+        argv, entry.ROOT / "configs/digits_refiner.py", TrainConfig, __doc__, workdir=""
+    )
     workdir = Path(flags.workdir or Path("runs") / flags.config.name)
     state = trainer.train_and_evaluate(flags.config, workdir)
     if int(state.step) < flags.config.steps:

@@ -39,7 +39,8 @@ class Description:
       guidance_scale: default scale.
       guided_channels: what the official mode guides; None for all channels.
       source: where the weights of each network came from, by name.
-      sha256: over the files of each network, by name; checked before they are read.
+      files_sha256: over files and hyper-parameters of each network, by name; checked before they
+        are read.
     """
 
     family: str
@@ -51,7 +52,7 @@ class Description:
     guided_channels: int | None
     source: Mapping[str, Any]
 
-    sha256: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    files_sha256: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self):
         if self.guidance not in MODES:
@@ -110,7 +111,7 @@ class Description:
         classes = fields["class_names"]
         if not isinstance(classes, list) or not all(isinstance(name, str) for name in classes):
             raise InputError("model.json: class_names must be a list of names")
-        for key in ("source", "sha256"):
+        for key in ("source", "files_sha256"):
             if not isinstance(fields[key], dict):
                 raise InputError(f"model.json: {key} must be an object")
         return cls(**{**fields, "class_names": tuple(classes)})
@@ -151,7 +152,9 @@ def resolve(name: str | Path) -> Path:
             f"model ({', '.join(shipped) or 'none here'})"
         )
     if not (directory / "model.json").is_file():
-        raise InputError(f"{str(name)!r} is no model directory: it has no model.json")
+        inside = directory / "model"
+        hint = f"; did you mean {str(inside)!r}?" if (inside / "model.json").is_file() else ""
+        raise InputError(f"{str(name)!r} is no model directory: it has no model.json{hint}")
     return directory
 
 
@@ -206,17 +209,26 @@ def _load_checked(
 ) -> Params:
     """Loads one network's parameters, after checking that not a bit of their files has changed."""
     place = directory / network
-    if place.is_dir() and _digest(place) != description.sha256.get(network):
+    config = getattr(description, network)
+    if place.is_dir() and _digest(place, config) != description.files_sha256.get(network):
         raise InputError(
-            f"the {network} in {directory} is damaged or incomplete: its files do not have the "
-            "sha256 that model.json names; restore a copy"
+            f"the {network} in {directory} is damaged or incomplete: its files and "
+            "hyper-parameters do not have the sha256 that model.json names; restore a copy"
         )
     return load_params(place, abstract_params(module))
 
 
-def _digest(directory: Path) -> str:
-    """sha256 over the names and contents of all files in a folder, in hexadecimal."""
-    digest = hashlib.sha256()
+def _digest(directory: Path, config: Any) -> str:
+    """sha256 over hyper-parameters and over names and contents of a folder's files.
+
+    Hyper-parameters at their default do not count, so that a new one changes no old checksum.
+    """
+    set_fields = {
+        field.name: getattr(config, field.name)
+        for field in dataclasses.fields(config)
+        if getattr(config, field.name) != field.default
+    }
+    digest = hashlib.sha256(json.dumps(set_fields, sort_keys=True).encode())
     # Files that begin with a dot are the operating system's, such as .DS_Store.
     files = [path for path in directory.rglob("[!.]*") if path.is_file()]
     for path in sorted(files):
@@ -241,7 +253,7 @@ def save(
 
     Args:
       directory: where; its parents are made.
-      description: what model.json is to say; its sha256 is filled in.
+      description: what model.json is to say; its files_sha256 is filled in.
       predictor_params: parameters of the predictor.
       refiner_params: parameters of the refiner, or None.
 
@@ -262,8 +274,8 @@ def save(
     try:
         for network, params in networks.items():
             save_params(draft / network, params)
-        sha256 = {network: _digest(draft / network) for network in networks}
-        text = dataclasses.replace(description, sha256=sha256).to_json()
+        sha256 = {name: _digest(draft / name, getattr(description, name)) for name in networks}
+        text = dataclasses.replace(description, files_sha256=sha256).to_json()
         (draft / "model.json").write_text(text)
         draft.chmod(0o755)  # mkdtemp makes it private
         _replace(draft, directory)

@@ -64,6 +64,16 @@ class Recipe:
             )
 
     @classmethod
+    def meanings(cls) -> dict[str, str]:
+        """What each key means, from the docstrings of the class and its bases."""
+        found: dict[str, str] = {}
+        for kind in reversed(cls.__mro__[:-1]):
+            attributes = (kind.__doc__ or "").partition("Attributes:\n")[2]
+            for key, text in re.findall(r"^ {6}(\w+): (.*(?:\n {8}.*)*)", attributes, re.MULTILINE):
+                found[key] = " ".join(text.split())
+        return found
+
+    @classmethod
     def create(cls, config: Mapping[str, Any] | ConfigDict) -> "Recipe":
         """The recipe of a plain mapping, such as a ConfigDict.
 

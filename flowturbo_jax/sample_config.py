@@ -33,8 +33,8 @@ class SampleConfig(Recipe):
     schedule: str
     baseline: str = ""
     seed: int = 0
-    samples: int = 64
-    shown: int = 64
+    samples: int = 60
+    shown: int = 60
     batch_size: int = 250
     guidance: str = ""
     guidance_scale: float | None = None

@@ -78,6 +78,10 @@ def integrate(
       InputError: as in `sample`.
     """
     schedule = Schedule.parse(schedule)
+    if not hasattr(flow, "predict") or not hasattr(flow, "drift"):
+        raise InputError("the first argument is no flow; wrap the velocity: Flow(velocity)")
+    if not hasattr(noise, "dtype"):
+        raise InputError(f"noise is a {type(noise).__name__}; it must be an array")
     if noise.dtype not in (jnp.float32, jnp.float64):
         raise InputError(
             f"noise is {noise.dtype}; x is kept in float32 or float64, only networks run in less"
@@ -97,6 +101,8 @@ def integrate(
             state = block(flow, state, *times)
             if after_step is not None:
                 state = after_step(state, times[1])
+                if not isinstance(state, State):
+                    raise InputError("after_step must return a State, as state._replace(x=...)")
             return state, None if observe is None else observe(state)
 
         times = (grid[first:last], grid[first + 1 : last + 1])

@@ -106,7 +106,11 @@ class TrainConfig(Recipe):
         self.check_range(("weight_decay", "gradient_clip"), 0)
         self.check_range(("ema_decay", "label_dropout"), 0, 1)
         self.check_range(("seed",), 0, 2**32)
-        self.check_range(("warmup_steps",), 0, self.steps)
+        if not 0 <= self.warmup_steps < self.steps:
+            raise InputError(
+                f"config key warmup_steps is {self.warmup_steps}; it must be at least 0 and below "
+                f"steps, which is {self.steps}"
+            )
         if not self.learning_rate > 0:
             raise InputError(f"config key learning_rate is {self.learning_rate}; take more than 0")
         if not 0 <= self.dt_min < self.dt_max < 1:

@@ -75,6 +75,15 @@ def test_sample_settings_reach_the_card(model, tmp_path):
     assert "frechet_distance" not in row["results"]
 
 
+def test_one_class_is_not_scored_against_all_digits(model, tmp_path, capsys):
+    given = [f"--config.model_dir={model}", f"--config.out={tmp_path}", "--config.label=3"]
+    assert run(sample_script.main, *given, "--config.baseline=", *SMALL) == 0
+    (row,) = json.loads((tmp_path / "digits.json").read_text())["schedules"]
+    assert "frechet_distance" not in row["results"]
+    assert "label_accuracy" in row["results"]
+    assert "Fréchet" not in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -89,7 +98,7 @@ def test_sample_settings_reach_the_card(model, tmp_path):
         (["--config.guidance=strong"], "guidance is 'strong'"),
         (["--config.dtype=int8"], "dtype is 'int8'"),
         (["--config.seed=-1"], "seed is -1"),
-        (["--config=nowhere.py"], "config file cannot be read"),
+        (["--config=nowhere.py"], "no config file at 'nowhere.py'"),
         (["--nonsense=3"], "Unknown command line flag 'nonsense'"),
         (["H1P3R2"], "unexpected argument 'H1P3R2'"),
     ],
@@ -210,3 +219,4 @@ def test_scripts_run_as_programs_and_fail_without_a_traceback():
     )
     assert done.returncode == 0
     assert "--config.schedule=H1P3R2" in done.stdout
+    assert "which block makes each step" in done.stdout

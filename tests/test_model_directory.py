@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import tiny
 
-from flowturbo_jax import model_directory
+from flowturbo_jax import checkpoint, model_directory
 from flowturbo_jax.interfaces import InputError
 from flowturbo_jax.model_directory import Description
 
@@ -20,7 +20,7 @@ def test_a_saved_model_loads_bit_for_bit(tmp_path):
     refiner = tiny.random_params(kind.refiner(described.refiner))
     model_directory.save(tmp_path / "m", described, predictor, refiner)
     model = model_directory.load(tmp_path / "m")
-    assert dataclasses.replace(model.description, sha256={}) == described
+    assert dataclasses.replace(model.description, files_sha256={}) == described
     for saved, loaded in ((predictor, model.predictor_params), (refiner, model.refiner_params)):
         same = jax.tree.map(lambda a, b: bool((np.asarray(a) == b).all()), saved, loaded)
         assert all(jax.tree.leaves(same))
@@ -108,17 +108,30 @@ def test_a_refiner_for_another_models_shape_is_refused():
         Description.from_json(json.dumps(fields))
 
 
-def test_weights_of_another_model_are_refused_by_tensor_name(tmp_path):
+def test_parameters_of_another_model_are_refused_by_tensor_name(tmp_path):
+    stored = {"a": {"kernel": np.zeros((2, 3), np.float32)}, "b": np.zeros(4, np.float32)}
+    checkpoint.save_params(tmp_path / "p", stored)
+    wanted = {"a": {"kernel": np.zeros((3, 3), np.float32)}, "c": np.zeros(4, np.float32)}
+    message = r"another model: c is missing; b is not known; a/kernel is \[2, 3\], not \[3, 3\]"
+    with pytest.raises(InputError, match=message):
+        checkpoint.load_params(tmp_path / "p", wanted)
+    np.testing.assert_array_equal(checkpoint.load_params(tmp_path / "p", stored)["b"], stored["b"])
+
+
+def test_weights_of_another_model_in_a_model_directory_are_refused(tmp_path):
     directory = tiny.save_model(tmp_path / "m")
     other = tiny.save_model(tmp_path / "other", hidden_size=16)
     os.rename(directory / "predictor", tmp_path / "old")
     os.rename(other / "predictor", directory / "predictor")
-    description = json.loads((directory / "model.json").read_text())
-    description["sha256"]["predictor"] = json.loads((other / "model.json").read_text())["sha256"][
-        "predictor"
-    ]
-    (directory / "model.json").write_text(json.dumps(description))
-    with pytest.raises(InputError, match=r"are of another model: .*kernel is \["):
+    with pytest.raises(InputError, match=r"predictor in .* is damaged or incomplete"):
+        model_directory.load(directory)
+
+
+def test_a_changed_hyper_parameter_that_fits_every_shape_is_found(tmp_path):
+    directory = tiny.save_model(tmp_path / "m")
+    text = (directory / "model.json").read_text()
+    (directory / "model.json").write_text(text.replace('"num_heads": 2', '"num_heads": 4'))
+    with pytest.raises(InputError, match="hyper-parameters do not have the sha256"):
         model_directory.load(directory)
 
 

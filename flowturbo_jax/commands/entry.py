@@ -11,6 +11,7 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from flowturbo_jax.interfaces import InputError
+from flowturbo_jax.recipe import Recipe
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -36,17 +37,23 @@ def run(main: Callable[[Sequence[str]], None], argv: Sequence[str] | None = None
 class LineParser(argparse.ArgumentParser):
     """An argument parser whose errors are InputErrors: one line, exit code 2."""
 
+    def __init__(self, **options: Any):
+        super().__init__(formatter_class=argparse.ArgumentDefaultsHelpFormatter, **options)
+
     def error(self, message: str) -> NoReturn:
         """Raises instead of printing the usage."""
         raise InputError(f"{message}; --help lists all arguments")
 
 
-def read_flags(argv: Sequence[str], recipe: Path, usage: str, **strings: str) -> Any:
+def read_flags(
+    argv: Sequence[str], recipe: Path, kind: type[Recipe], usage: str, **strings: str
+) -> Any:
     """Reads `--config=FILE`, `--config.KEY=VALUE` and plain string flags.
 
     Args:
       argv: the command line, the program's name first.
       recipe: the config file used unless another is given.
+      kind: class of the recipe, for the meaning of its keys.
       usage: what `--help` says before it lists the config's keys.
       **strings: further flags and their defaults.
 
@@ -58,6 +65,10 @@ def read_flags(argv: Sequence[str], recipe: Path, usage: str, **strings: str) ->
         cannot be read.
     """
     values = flags.FlagValues()
+    for argument in argv:
+        file = argument.removeprefix("--config=")
+        if file != argument and not Path(file).is_file():
+            raise InputError(f"no config file at {file!r}; the ready ones are in configs/")
     asked = [argument for argument in argv[1:] if argument in ("--help", "-h", "-help")]
     argv = [argument for argument in argv if argument not in asked]
     # ml_collections wants the file before its keys; a user need not know.
@@ -86,8 +97,9 @@ def read_flags(argv: Sequence[str], recipe: Path, usage: str, **strings: str) ->
         print(usage, end="\n\n")
         for name, default in strings.items():
             print(f"  --{name}={default}")
+        meanings = kind.meanings()
         for key, value in _items(config):
-            print(f"  --config.{key}={value}")
+            print(f"  --config.{key}={value}".ljust(44), meanings.get(key.split(".")[0], ""))
         sys.exit(0)
     return values
 

@@ -17,7 +17,7 @@ from flowturbo_jax.pipelines.class_to_image import ClassToImage
 from flowturbo_jax.sample_config import SampleConfig
 from flowturbo_jax.schedule import Schedule
 
-COLUMNS = 8
+COLUMNS = 10  # a column per class of the digits
 
 
 def sample(config: Mapping[str, Any] | ConfigDict) -> dict[str, Any]:
@@ -56,7 +56,10 @@ def sample(config: Mapping[str, Any] | ConfigDict) -> dict[str, Any]:
             )
             results = {"ms_per_image": made.ms_per_image, "compile_seconds": made.compile_seconds}
             if reference is not None:
-                results |= evaluation.score(made, reference)
+                scores = evaluation.score(made, reference)
+                if config.label is not None:
+                    del scores["frechet_distance"]  # of one class, to all: it would say nothing
+                results |= scores
             card = evaluation.protocol_card(
                 pipe, schedule, samples=len(labels), reference=reference, **settings
             )
@@ -80,7 +83,12 @@ def _labels(pipe: ClassToImage, config: SampleConfig) -> np.ndarray:
 
 
 def _title(schedule: Schedule, ms_per_image: float) -> list[str]:
-    methods = {frozenset("H"): "Heun", frozenset("E"): "Euler", frozenset("EH"): "Euler, Heun"}
+    methods = {
+        frozenset("H"): "Heun",
+        frozenset("E"): "Euler",
+        frozenset("EH"): "Euler, Heun",
+        frozenset("P"): "Pseudo corrector",
+    }
     method = methods.get(schedule.blocks, "FlowTurbo")
     refiner = f" + {schedule.refiner_evaluations} refiner" if schedule.needs_refiner else ""
     return [
@@ -109,22 +117,24 @@ def _write(config: SampleConfig, rows: list[Any], panels: list[Any]) -> dict[str
 
 def table(report: dict[str, Any]) -> str:
     """The rows of a report as text, one line per schedule."""
-    head = ["schedule", "evaluations", "refiner", "ms/image", "Fréchet", "label accuracy"]
-    lines = [head]
-    for row in report["schedules"]:
-        card, results = row["card"], row["results"]
-        line = [
-            card["schedule"],
-            str(card["predictor_evaluations"]),
-            str(card["refiner_evaluations"]),
-            f"{results['ms_per_image']:.2f}",
-        ]
-        if "frechet_distance" in results:
-            accuracy = f"{100 * results['label_accuracy']:.1f} %"
-            line += [f"{results['frechet_distance']:.3f}", accuracy]
-        lines.append(line)
-    widths = [max(len(line[i]) for line in [*lines[1:], head]) for i in range(len(lines[1]))]
-    return "\n".join(
-        "  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=False))
+    columns = {
+        "schedule": lambda card, results: card["schedule"],
+        "evaluations": lambda card, results: str(card["predictor_evaluations"]),
+        "refiner": lambda card, results: str(card["refiner_evaluations"]),
+        "ms/image": lambda card, results: f"{results['ms_per_image']:.2f}",
+    }
+    rows = report["schedules"]
+    if "frechet_distance" in rows[0]["results"]:
+        columns["Fréchet"] = lambda card, results: f"{results['frechet_distance']:.3f}"
+    if "label_accuracy" in rows[0]["results"]:
+        columns["label accuracy"] = lambda card, results: f"{100 * results['label_accuracy']:.1f} %"
+    lines = [list(columns)]
+    lines += [[cell(row["card"], row["results"]) for cell in columns.values()] for row in rows]
+    widths = [max(map(len, cells)) for cells in zip(*lines, strict=True)]
+    text = "\n".join(
+        "  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True))
         for line in lines
     )
+    if "Fréchet" in columns and rows[0]["card"]["samples"] < 1000:
+        text += "\n(few samples raise the Fréchet distance: compare it at equal samples only)"
+    return text
