@@ -28,6 +28,8 @@ class Recipe:
             value = getattr(self, key)
             if not _is(value, hint):
                 wanted = getattr(hint, "__name__", str(hint))
+                if isinstance(value, float) and not math.isfinite(value):
+                    wanted = f"{wanted}, and finite"
                 raise InputError(f"config key {key} is {value!r}; it must be of type {wanted}")
             if type(value) is int and float in (hint, *typing.get_args(hint)):
                 # Kept as int, it would make a flag that takes whole numbers only.
@@ -45,7 +47,7 @@ class Recipe:
         """
         for key in keys:
             if not low <= getattr(self, key) < high:
-                limit = "" if high == math.inf else f" and below {high:g}"
+                limit = "" if high == math.inf else f" and below {high:.10g}"
                 value = getattr(self, key)
                 raise InputError(
                     f"config key {key} is {value!r}; it must be at least {low:g}{limit}"
