@@ -1,6 +1,7 @@
 """Model directories: `model.json` beside Orbax directories, read and written in one place."""
 
 import dataclasses
+import functools
 import hashlib
 import json
 import math
@@ -134,6 +135,15 @@ class Model:
     predictor_params: Params
     refiner: nn.Module | None
     refiner_params: Params | None
+
+    @functools.cached_property
+    def fingerprints(self) -> dict[str, str | None]:
+        """`fingerprint` of both networks' parameters; None for a refiner that is not there."""
+        refiner = self.refiner_params
+        return {
+            "predictor": fingerprint(self.predictor_params),
+            "refiner": None if refiner is None else fingerprint(refiner),
+        }
 
 
 def resolve(name: str | Path) -> Path:

@@ -336,3 +336,23 @@ def test_trajectory_and_handed_velocities_match_the_official_sampler(text):
         assert golden.deviation(handed, stored["v_handed"]) < golden.SAMPLES
         np.testing.assert_array_equal(state.memory.reshape(handed[0].shape), handed[-1])
         assert golden.deviation(handed[-1], stored["v_final"]) < golden.SAMPLES
+
+
+@pytest.mark.parametrize("schedules", [("H2", "H40"), ("P3", "P30"), ("H1P2", "H9P20")])
+def test_number_of_compilations_does_not_depend_on_the_steps(schedules):
+    compiled = []
+
+    def listen(event, duration, **_):
+        if "backend_compile" in event:
+            compiled.append(event)
+
+    flow = Flow(lambda x, t: -x * (1 + t))
+    noise = jnp.ones((2, 3))
+    programs = [jax.jit(lambda x, text=text: sample(flow, x, text)) for text in schedules]
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    counts = []
+    for program in programs:
+        compiled.clear()
+        program(noise)
+        counts.append(len(compiled))
+    assert counts == [1, 1]

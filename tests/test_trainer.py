@@ -3,7 +3,6 @@ import os
 import signal
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
@@ -265,27 +264,3 @@ def test_an_unknown_or_missing_config_key_is_named():
     del recipe["steps"]
     with pytest.raises(InputError, match="config key 'steps' is missing"):
         TrainConfig.create(recipe)
-
-
-def test_ema_warmup_forgets_the_start_and_reaches_its_decay():
-    steps = jnp.asarray([0, 90, 10_000], jnp.int32)
-    rates = [float(train_state.ema_rate(step, 0.99, warmup=True)) for step in steps]
-    np.testing.assert_allclose(rates, [0.1, 0.91, 0.99], rtol=1e-6)
-    assert float(train_state.ema_rate(steps[0], 0.99, warmup=False)) == np.float32(0.99)
-
-
-def test_learning_rate_rises_falls_and_clips():
-    params = {"w": jnp.ones(3)}
-    gradients = {"w": jnp.asarray([3.0, 0.0, 4.0])}
-    optimizer = train_state.make_optimizer(0.1, 10, "cosine", warmup_steps=5, gradient_clip=1.0)
-    state = train_state.create(params, optimizer)
-    moved = []
-    for _ in range(10):
-        new = train_state.apply_gradients(state, gradients, optimizer, 0.9)
-        moved.append(float(jnp.abs(new.params["w"] - state.params["w"]).max()))
-        state = new
-    assert moved[0] == 0  # the first step of a warm-up has rate 0
-    assert np.argmax(moved) == 5
-    assert moved[-1] < 0.1 * max(moved)
-    # Adam's step does not see the gradient's size: with a constant gradient it is the rate.
-    np.testing.assert_allclose(max(moved), 0.1, rtol=1e-4)

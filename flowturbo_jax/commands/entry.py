@@ -1,6 +1,7 @@
 """How every command starts and fails: flags to a config, errors to one line and exit code 2."""
 
 import argparse
+import os
 import re
 import sys
 from collections.abc import Callable, Sequence
@@ -25,9 +26,12 @@ def run(main: Callable[[Sequence[str]], None], argv: Sequence[str] | None = None
     """
     try:
         main(sys.argv if argv is None else argv)
+        sys.stdout.flush()
     except InputError as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
+    except BrokenPipeError:  # whoever reads, such as `head`, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)

@@ -42,6 +42,9 @@ def sample(config: Mapping[str, Any] | ConfigDict) -> dict[str, Any]:
         "guidance": config.guidance or None,
         "guidance_scale": config.guidance_scale,
     }
+    for text in config.schedules:  # before the bar, so that a refusal stands alone
+        pipe.check(labels, text, config.guidance_scale, settings["guidance"])
+    sampling = "balanced" if config.label is None else f"label {config.label}"
     rows, panels = [], []
     with tqdm(total=len(labels) * len(config.schedules), unit="image") as bar:
         for text in config.schedules:
@@ -61,10 +64,13 @@ def sample(config: Mapping[str, Any] | ConfigDict) -> dict[str, Any]:
                     del scores["frechet_distance"]  # of one class, to all: it would say nothing
                 results |= scores
             card = evaluation.protocol_card(
-                pipe, schedule, samples=len(labels), reference=reference, **settings
+                pipe,
+                schedule,
+                samples=len(labels),
+                reference=reference,
+                label_sampling=sampling,
+                **settings,
             )
-            if config.label is not None:
-                card["label_sampling"] = f"label {config.label}"
             rows.append({"card": card, "results": results})
             panels.append((_title(schedule, made.ms_per_image), made.images[: config.shown]))
     return _write(config, rows, panels)

@@ -118,6 +118,21 @@ class ClassToImage:
         static, scale = self._settings(schedule, guidance_scale, guidance)
         return _sample_latents(self._params, noise, labels, scale, **static)
 
+    def check(
+        self,
+        labels: Sequence[int] | np.ndarray,
+        schedule: str | Schedule,
+        guidance_scale: float | jax.Array | None = None,
+        guidance: str | None = None,
+    ) -> None:
+        """Refuses what `__call__` would refuse, without sampling.
+
+        Raises:
+          InputError: a label, schedule or guidance the model cannot take.
+        """
+        self._check_labels(labels)
+        self._settings(schedule, guidance_scale, guidance)
+
     def _check_labels(self, labels: Any) -> Labels | None:
         """Labels as an array; JAX would silently clamp those out of range."""
         if isinstance(labels, jax.core.Tracer):

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from flowturbo_jax import data, images, model_directory
+from flowturbo_jax import data, images
 from flowturbo_jax.interfaces import InputError
 from flowturbo_jax.metrics import (
     PIXELS,
@@ -170,6 +170,7 @@ def protocol_card(
     guidance: str | None,
     guidance_scale: float | None,
     reference: Reference | None,
+    label_sampling: str = "balanced",
 ) -> dict[str, Any]:
     """Everything a reader must know to repeat a measurement, and nothing measured.
 
@@ -182,10 +183,10 @@ def protocol_card(
       guidance: None for the model's default, which is then named.
       guidance_scale: likewise.
       reference: what the samples are compared with, if anything.
+      label_sampling: how the labels were chosen.
     """
     description, schedule = pipe.model.description, Schedule.parse(schedule)
     mode, scale = pipe.resolve_guidance(guidance, guidance_scale)
-    refiner_params = pipe.model.refiner_params
     card = {
         "schedule": str(schedule),
         "steps": schedule.steps,
@@ -198,9 +199,9 @@ def protocol_card(
         "seed": seed,
         "samples": samples,
         "batch_size": batch_size,
-        "label_sampling": "balanced",
-        "predictor_sha256": model_directory.fingerprint(pipe.model.predictor_params),
-        "refiner_sha256": refiner_params and model_directory.fingerprint(refiner_params),
+        "label_sampling": label_sampling,
+        "predictor_sha256": pipe.model.fingerprints["predictor"],
+        "refiner_sha256": pipe.model.fingerprints["refiner"],
         "device": jax.devices()[0].device_kind,
         "versions": {name: importlib.metadata.version(name) for name in LIBRARIES},
     }
