@@ -6,7 +6,10 @@ from collections.abc import Sequence
 from flowturbo_jax.commands import entry
 from flowturbo_jax.interfaces import InputError
 
-COMMANDS = {"evaluate": "measure schedules of a model directory: quality, cost, mean and spread"}
+COMMANDS = {
+    "convert": "turn published weights into a model directory; describe or export one",
+    "evaluate": "measure schedules of a model directory: quality, cost, mean and spread",
+}
 
 
 def main(argv: Sequence[str]) -> None:

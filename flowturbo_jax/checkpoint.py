@@ -11,11 +11,21 @@ from flax.traverse_util import flatten_dict
 
 from flowturbo_jax.interfaces import InputError, Params
 
+CHUNK_BYTES = 64 * 2**20
+FILE_BYTES = 256 * 2**20
+
 
 def save_params(directory: Path, params: Params) -> None:
     """Writes parameters as an Orbax directory that loads on any number of devices."""
-    with ocp.StandardCheckpointer() as checkpointer:
-        checkpointer.save(Path(directory).absolute(), jax.tree.map(np.asarray, params))
+    params = jax.tree.map(np.asarray, params)
+    # Whole arrays and files of gigabytes, Orbax's default, take another copy of them in memory.
+    chunks = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES), params)
+    arguments = ocp.args.PyTreeSave(
+        params, save_args=chunks, ocdbt_target_data_file_size=FILE_BYTES
+    )
+    handler = ocp.PyTreeCheckpointHandler(save_concurrent_gb=1)
+    with ocp.Checkpointer(handler) as checkpointer:
+        checkpointer.save(Path(directory).absolute(), arguments)
     # Orbax notes there where it wrote; a model directory is whole by its checksum, wherever it is.
     (Path(directory) / "commit_success.txt").unlink(missing_ok=True)
 

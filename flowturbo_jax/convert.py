@@ -1,11 +1,13 @@
-"""Foreign weights to our parameters and back: one name table per family, strict both ways.
+"""Foreign weights to our parameters and back, strict both ways.
 
-A state dict maps official names to numpy arrays in PyTorch's layout: linear `(out, in)`,
-convolution `(out, in, h, w)`, embedding `(rows, dim)`.
+A state dict maps official names to arrays in PyTorch's layout: linear `(out, in)`, convolution
+`(out, in, h, w)`, embedding `(rows, dim)`. Its values may be numpy arrays, or tensors still on disk
+(`weights.Tensor`), which are read one at a time.
 """
 
-from collections.abc import Mapping
-from typing import Any, NamedTuple
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import numpy as np
 from einops import rearrange
@@ -14,105 +16,139 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from flowturbo_jax.checkpoint import mismatches
 from flowturbo_jax.interfaces import InputError, Params
 from flowturbo_jax.model_directory import abstract_params
-from flowturbo_jax.models import family
-
-StateDict = Mapping[str, np.ndarray]
-
-
-class Entry(NamedTuple):
-    """One row of a name table.
-
-    Attributes:
-      official: name in the state dict; `{}` stands for the number of a block.
-      ours: path in the parameters, joined by "/"; blocks are stacked on a first axis.
-      layout: "same", "linear" (transposed) or "patch" (a convolution whose kernel is its stride).
-    """
-
-    official: str
-    ours: str
-    layout: str = "same"
+from flowturbo_jax.models import NETWORKS
+from flowturbo_jax.name_tables import NAME_TABLES, Entry
+from flowturbo_jax.weights.tensor import Tensor
 
 
-def _linear(official: str, ours: str, layout: str = "linear") -> list[Entry]:
-    return [
-        Entry(f"{official}.weight", f"{ours}/kernel", layout),
-        Entry(f"{official}.bias", f"{ours}/bias"),
-    ]
+StateDict = Mapping[str, np.ndarray | Tensor]
+
+# Tensors that serve training only, and are left out by name.
+TRAINING_ONLY = {"sit": re.compile(r"projectors\.\d+\.")}  # REPA models/sit.py
+OLD_ATTENTION = {  # diffusers modeling_utils.py, _convert_deprecated_attention_blocks
+    "query": "to_q",
+    "key": "to_k",
+    "value": "to_v",
+    "proj_attn": "to_out.0",
+}
 
 
-SIT = [
-    *_linear("x_embedder.proj", "patch_embedding", "patch"),
-    *_linear("t_embedder.mlp.0", "time_embedding/up"),
-    *_linear("t_embedder.mlp.2", "time_embedding/down"),
-    Entry("y_embedder.embedding_table.weight", "label_embedding/embedding"),
-    Entry("pos_embed", "position_table"),
-    *_linear("blocks.{}.attn.qkv", "blocks/attention/qkv"),
-    *_linear("blocks.{}.attn.proj", "blocks/attention/out"),
-    *_linear("blocks.{}.mlp.fc1", "blocks/mlp/up"),
-    *_linear("blocks.{}.mlp.fc2", "blocks/mlp/down"),
-    *_linear("blocks.{}.adaLN_modulation.1", "blocks/modulation"),
-    *_linear("final_layer.adaLN_modulation.1", "final/modulation"),
-    *_linear("final_layer.linear", "final/linear"),
-]
-NAME_TABLES = {"sit": SIT}
-
-
-def params_from_state(family_name: str, config: Any, state: StateDict) -> Params:
-    """Our parameters from an official state dict; every tensor is used, and none is missing.
+def with_known_names(
+    kind: str, state: StateDict
+) -> tuple[dict[str, np.ndarray | Tensor], list[str]]:
+    """A state dict under the names of our tables, whichever known variant it came in.
 
     Args:
-      family_name: a key of `models.FAMILIES`.
-      config: that family's hyper-parameters, of a predictor or a refiner.
-      state: official names and arrays; their dtype is kept.
+      kind: a key of `models.NETWORKS`.
+      state: as read from a file.
+
+    Returns:
+      The state dict to convert, and the names of what it leaves out because only training uses it.
+
+    Source: REPA utils.py, load_legacy_checkpoints; diffusers modeling_utils.py.
+    """
+    unused = TRAINING_ONLY.get(kind)
+    dropped = [name for name in state if unused and unused.match(name)]
+    kept = {name: array for name, array in state.items() if name not in set(dropped)}
+    if kind == "vae":
+        old = re.compile(r"(.*\.attentions\.\d+)\.(query|key|value|proj_attn)\.(weight|bias)")
+        return _renamed(kept, old, lambda m: f"{m[1]}.{OLD_ATTENTION[m[2]]}.{m[3]}"), dropped
+    if kind == "sit":
+        first = block_count(kept)  # REPA once kept the blocks after its projectors apart
+        later = re.compile(r"decoder_blocks\.(\d{1,4})\.(.+)")
+        return _renamed(kept, later, lambda m: f"blocks.{first + int(m[1])}.{m[2]}"), dropped
+    return kept, dropped
+
+
+def block_count(state: StateDict) -> int:
+    """How many transformer blocks a SiT state dict has, by the names `blocks.N`."""
+    numbers = [re.match(r"blocks\.(\d{1,4})\.", name) for name in state]
+    return 1 + max((int(match[1]) for match in numbers if match), default=-1)
+
+
+def _renamed(state: StateDict, pattern: re.Pattern, name: Any) -> dict[str, np.ndarray | Tensor]:
+    result = {}
+    for key, array in state.items():
+        match = pattern.fullmatch(key)
+        new = name(match) if match else key
+        if new in result:
+            raise InputError(f"the weights hold {new} twice, under its old and its new name")
+        result[new] = array
+    return result
+
+
+def params_from_state(kind: str, config: Any, state: StateDict, dtype: Any = None) -> Params:
+    """Our parameters from an official state dict; every tensor is used, and none is missing.
+
+    Memory is that of the result and one tensor.
+
+    Args:
+      kind: a key of `models.NETWORKS`.
+      config: the hyper-parameters of that network.
+      state: official names and arrays.
+      dtype: of the parameters; that of the weights if None.
 
     Returns:
       The parameters, a nested dict of numpy arrays.
 
     Raises:
-      InputError: tensors are missing, extra or misshapen; the message names all of them.
+      InputError: tensors are missing, extra, misshapen, not of numbers with a point or not finite;
+        the message names all of them.
     """
-    wanted = {
-        name: (entry, block, shape) for entry, block, name, shape in _official(family_name, config)
-    }
-    wrong = mismatches(state, {name: shape for name, (_, _, shape) in wanted.items()})
+    wanted = list(_official(kind, config))
+    wrong = mismatches(state, {name: shape for _, _, name, shape in wanted})
     if wrong:
-        raise InputError(f"the weights do not fit this {family_name} model: {'; '.join(wrong)}")
-    flat: dict[str, Any] = {}
-    for name, (entry, block, _) in wanted.items():
-        array = _to_ours(np.asarray(state[name]), entry.layout)
+        raise InputError(f"the weights do not fit this {kind} model: {'; '.join(wrong)}")
+    flat: dict[str, np.ndarray] = {}
+    for entry, block, name, _ in wanted:
+        given = np.asarray(state[name])
+        # bfloat16's kind is "V", as that of any type foreign to numpy.
+        if given.dtype.kind != "f" and given.dtype.name != "bfloat16":
+            wrong.append(f"{name} is {given.dtype}, not floating")
+            continue
+        array = _to_ours(given, entry.layout).astype(dtype or given.dtype, copy=False)
+        if not np.isfinite(array).all():
+            wrong.append(f"{name} holds values that are not finite")
         if block is None:
-            flat[entry.ours] = array
-        else:
-            flat.setdefault(entry.ours, []).append(array)
-    stacked = {k: np.stack(v) if isinstance(v, list) else v for k, v in flat.items()}
-    return unflatten_dict(stacked, sep="/")
+            flat[entry.ours] = np.ascontiguousarray(array)
+            continue
+        if entry.ours not in flat:
+            depth = sum(other.ours == entry.ours for other, *_ in wanted)
+            flat[entry.ours] = np.empty((depth, *array.shape), array.dtype)
+        flat[entry.ours][block] = array
+    if wrong:
+        raise InputError(f"the weights are damaged: {'; '.join(wrong)}")
+    return unflatten_dict(flat, sep="/")
 
 
-def state_from_params(family_name: str, config: Any, params: Params) -> dict[str, np.ndarray]:
+def state_from_params(kind: str, config: Any, params: Params) -> dict[str, np.ndarray]:
     """The official state dict of our parameters, the inverse of `params_from_state`.
 
     Raises:
       InputError: parameters are missing, extra or misshapen; the message names all of them.
     """
     flat = flatten_dict(params, sep="/")
-    wanted = flatten_dict(abstract_params(family(family_name).network(config)), sep="/")
+    wanted = flatten_dict(abstract_params(_network(kind)(config)), sep="/")
     wrong = mismatches(flat, {name: leaf.shape for name, leaf in wanted.items()})
     if wrong:
-        raise InputError(f"the parameters do not fit this {family_name} model: {'; '.join(wrong)}")
+        raise InputError(f"the parameters do not fit this {kind} model: {'; '.join(wrong)}")
     state = {}
-    for entry, block, name, shape in _official(family_name, config):
+    for entry, block, name, shape in _official(kind, config):
         array = np.asarray(flat[entry.ours])
         array = array if block is None else array[block]
         state[name] = np.ascontiguousarray(_to_official(array, entry.layout, shape))
     return state
 
 
-def _official(family_name: str, config: Any):
+def official_shapes(kind: str, config: Any) -> dict[str, tuple[int, ...]]:
+    """Official name and shape of every tensor of a network."""
+    return {name: shape for _, _, name, shape in _official(kind, config)}
+
+
+def _official(kind: str, config: Any) -> Iterator[tuple[Entry, int | None, str, tuple[int, ...]]]:
     """Yields (entry, block number or None, official name, official shape) of a model's tensors."""
-    flat = flatten_dict(abstract_params(family(family_name).network(config)), sep="/")
-    for entry in NAME_TABLES[family_name]:
-        if entry.ours not in flat:  # an unconditional model has no label table
-            continue
+    flat = flatten_dict(abstract_params(_network(kind)(config)), sep="/")
+    for entry in NAME_TABLES[kind](config):
         shape = flat[entry.ours].shape
         if "{}" not in entry.official:
             yield entry, None, entry.official, _official_shape(shape, entry.layout, config)
@@ -122,9 +158,18 @@ def _official(family_name: str, config: Any):
             yield entry, block, name, _official_shape(shape[1:], entry.layout, config)
 
 
+def _network(kind: str) -> Any:
+    if kind not in NETWORKS:
+        raise InputError(f"unknown kind of network {kind!r}; known are {', '.join(NETWORKS)}")
+    return NETWORKS[kind]
+
+
 def _official_shape(shape: tuple[int, ...], layout: str, config: Any) -> tuple[int, ...]:
     if layout == "same":
         return shape
+    if layout == "conv":
+        height, width, fan_in, fan_out = shape
+        return (fan_out, fan_in, height, width)
     fan_in, fan_out = shape
     if layout == "linear":
         return (fan_out, fan_in)
@@ -135,6 +180,8 @@ def _official_shape(shape: tuple[int, ...], layout: str, config: Any) -> tuple[i
 def _to_ours(array: np.ndarray, layout: str) -> np.ndarray:
     if layout == "linear":
         return rearrange(array, "o i -> i o")
+    if layout == "conv":
+        return rearrange(array, "o i h w -> h w i o")
     if layout == "patch":
         return rearrange(array, "o i h w -> (h w i) o")
     return array
@@ -143,6 +190,8 @@ def _to_ours(array: np.ndarray, layout: str) -> np.ndarray:
 def _to_official(array: np.ndarray, layout: str, shape: tuple[int, ...]) -> np.ndarray:
     if layout == "linear":
         return rearrange(array, "i o -> o i")
+    if layout == "conv":
+        return rearrange(array, "h w i o -> o i h w")
     if layout == "patch":
         return rearrange(array, "(h w i) o -> o i h w", h=shape[2], w=shape[3])
     return array

@@ -4,11 +4,9 @@ import dataclasses
 import functools
 import hashlib
 import json
-import math
 import os
 import shutil
 import tempfile
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,104 +16,12 @@ import numpy as np
 from flax import linen as nn
 
 from flowturbo_jax.checkpoint import load_params, save_params
-from flowturbo_jax.guidance import MODES
 from flowturbo_jax.interfaces import InputError, Params
-from flowturbo_jax.models import family
+from flowturbo_jax.model_description import Description
+from flowturbo_jax.models import VAE, family
 
-FORMAT = 1
 SHIPPED = Path(__file__).parent / "pretrained"
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
-
-
-@dataclasses.dataclass(frozen=True)
-class Description:
-    """The contents of model.json.
-
-    Attributes:
-      family: key of `models.FAMILIES`.
-      predictor: the family's config of the predictor.
-      refiner: the family's config of the refiner, or None.
-      class_names: name of each label.
-      guidance: default mode, the one the refiner was trained for: "none", "official" or "paired".
-      guidance_scale: default scale.
-      guided_channels: what the official mode guides; None for all channels.
-      source: where the weights of each network came from, by name.
-      files_sha256: over files and hyper-parameters of each network, by name; checked before they
-        are read.
-    """
-
-    family: str
-    predictor: Any
-    refiner: Any | None
-    class_names: tuple[str, ...]
-    guidance: str
-    guidance_scale: float
-    guided_channels: int | None
-    source: Mapping[str, Any]
-
-    files_sha256: Mapping[str, str] = dataclasses.field(default_factory=dict)
-
-    def __post_init__(self):
-        if self.guidance not in MODES:
-            raise InputError(f"guidance is {self.guidance!r}; it must be one of {', '.join(MODES)}")
-        if self.guidance != "none" and self.predictor.null_label is None:
-            raise InputError(f"guidance is {self.guidance!r}, but the predictor has no null class")
-        scale, channels = self.guidance_scale, self.guided_channels
-        if (
-            not isinstance(scale, int | float)
-            or isinstance(scale, bool)
-            or not math.isfinite(scale)
-        ):
-            raise InputError(f"guidance_scale is {scale!r}; it must be a finite number")
-        known = range(1, self.predictor.shape[-1] + 1)
-        if channels is not None and (type(channels) is not int or channels not in known):
-            raise InputError(
-                f"guided_channels is {channels!r}; it must be null or 1 to {known.stop - 1}"
-            )
-        if self.refiner is not None:
-            self.predictor.check_refiner(self.refiner)
-        if len(self.class_names) != self.predictor.num_classes:
-            raise InputError(
-                f"{len(self.class_names)} class names for {self.predictor.num_classes} classes"
-            )
-
-    def to_json(self) -> str:
-        """The text of model.json."""
-        fields = {"format": FORMAT, **dataclasses.asdict(self)}
-        return json.dumps(fields, indent=1) + "\n"
-
-    @classmethod
-    def from_json(cls, text: str) -> "Description":
-        """Reads the text of model.json.
-
-        Raises:
-          InputError: it is not JSON, of another format, or a key is missing, unknown or wrong.
-        """
-        try:
-            fields = dict(json.loads(text))
-        except (ValueError, TypeError) as error:
-            raise InputError(f"model.json is not JSON ({error})") from error
-        if fields.pop("format", None) != FORMAT:
-            raise InputError(f"model.json is not of format {FORMAT}; convert or train it anew")
-        names = {field.name for field in dataclasses.fields(cls)}
-        missing, unknown = sorted(names - fields.keys()), sorted(fields.keys() - names)
-        if missing or unknown:
-            raise InputError(f"model.json has the wrong keys: missing {missing}, unknown {unknown}")
-        config = family(str(fields["family"])).config
-        for network in ("predictor", "refiner"):
-            if network == "refiner" and fields[network] is None:
-                continue
-            try:
-                fields[network] = config(**fields[network])
-            except TypeError as error:
-                raise InputError(f"model.json, {network}: {error}") from error
-        classes = fields["class_names"]
-        if not isinstance(classes, list) or not all(isinstance(name, str) for name in classes):
-            raise InputError("model.json: class_names must be a list of names")
-        for key in ("source", "files_sha256"):
-            if not isinstance(fields[key], dict):
-                raise InputError(f"model.json: {key} must be an object")
-        return cls(**{**fields, "class_names": tuple(classes)})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,6 +34,8 @@ class Model:
       predictor_params: its parameters, float32.
       refiner: module `(x, v, t, condition) -> offset`, or None.
       refiner_params: its parameters, or None.
+      vae: the autoencoder behind the latents, or None where they are pixels.
+      vae_params: its parameters, or None.
     """
 
     description: Description
@@ -135,6 +43,8 @@ class Model:
     predictor_params: Params
     refiner: nn.Module | None
     refiner_params: Params | None
+    vae: VAE | None = None
+    vae_params: Params | None = None
 
     @functools.cached_property
     def fingerprints(self) -> dict[str, str | None]:
@@ -159,7 +69,8 @@ def resolve(name: str | Path) -> Path:
     if not directory.is_dir():
         raise InputError(
             f"no model directory at {str(name)!r}; give the path of one, or the name of a shipped "
-            f"model ({', '.join(shipped) or 'none here'})"
+            f"model ({', '.join(shipped) or 'none here'}); python -m flowturbo_jax convert makes one "
+            "of published weights"
         )
     if not (directory / "model.json").is_file():
         inside = directory / "model"
@@ -202,16 +113,31 @@ def load(name: str | Path, dtype: str = "float32") -> Model:
     Raises:
       InputError: something is missing, damaged, or does not fit the description.
     """
-    options = {"dtype": network_dtype(dtype)}
     directory, description = resolve(name), describe(name)
+    loaded: dict[str, Any] = {"refiner": None, "refiner_params": None}
+    for network, module in modules(description, dtype).items():
+        loaded[network] = module
+        loaded[f"{network}_params"] = _load_checked(directory, network, module, description)
+    return Model(description, **loaded)
+
+
+def modules(description: Description, dtype: str = "float32") -> dict[str, nn.Module]:
+    """The modules of the networks there are, by name: predictor, refiner, vae.
+
+    Args:
+      description: which networks.
+      dtype: of their matrix products, "float32" or "bfloat16".
+
+    Raises:
+      InputError: the dtype is unknown.
+    """
     kind = family(description.family)
-    predictor = kind.predictor(description.predictor, **options)
-    predictor_params = _load_checked(directory, "predictor", predictor, description)
-    if description.refiner is None:
-        return Model(description, predictor, predictor_params, None, None)
-    refiner = kind.refiner(description.refiner, **options)
-    refiner_params = _load_checked(directory, "refiner", refiner, description)
-    return Model(description, predictor, predictor_params, refiner, refiner_params)
+    build = {"predictor": kind.predictor, "refiner": kind.refiner, "vae": VAE}
+    options = {"dtype": network_dtype(dtype)}
+    return {
+        network: build[network](config, **options)
+        for network, config in description.networks.items()
+    }
 
 
 def _load_checked(
@@ -258,6 +184,7 @@ def save(
     description: Description,
     predictor_params: Params,
     refiner_params: Params | None,
+    vae_params: Params | None = None,
 ) -> None:
     """Writes a model directory whole or not at all; one that stands there is replaced.
 
@@ -266,20 +193,23 @@ def save(
       description: what model.json is to say; its files_sha256 is filled in.
       predictor_params: parameters of the predictor.
       refiner_params: parameters of the refiner, or None.
+      vae_params: parameters of the autoencoder, or None.
 
     Raises:
-      InputError: refiner and its parameters do not come together, or the place holds something
+      InputError: a network and its parameters do not come together, or the place holds something
         that is not a model directory.
     """
-    if (description.refiner is None) != (refiner_params is None):
-        raise InputError("a refiner needs both its config and its parameters")
+    networks = {"predictor": predictor_params, "refiner": refiner_params, "vae": vae_params}
+    networks = {network: params for network, params in networks.items() if params is not None}
+    if networks.keys() != description.networks.keys():
+        raise InputError(
+            f"there are parameters of {', '.join(networks)}, but the description has "
+            f"{', '.join(description.networks)}; each needs both"
+        )
     directory = Path(directory).absolute()
     if directory.exists() and not (directory / "model.json").is_file():
         raise InputError(f"{directory} exists and is no model directory; choose another place")
     directory.parent.mkdir(parents=True, exist_ok=True)
-    networks = {"predictor": predictor_params}
-    if refiner_params is not None:
-        networks["refiner"] = refiner_params
     draft = Path(tempfile.mkdtemp(prefix=f".{directory.name}-", dir=directory.parent))
     try:
         for network, params in networks.items():

@@ -20,10 +20,11 @@ class SampleConfig(Recipe):
       seed: image i is image i of this seed.
       samples: how many images each schedule makes.
       shown: how many of them the picture shows.
+      columns: of the picture, images beside each other.
       batch_size: images per call.
       guidance: "paired", "official" or "none"; "" for the model's default.
       guidance_scale: the model's default if not set.
-      label: the class to sample; all in turn if not set.
+      labels: the classes to sample in turn, numbers or names with commas between; "" for all.
       data: real data to compare the samples with ("digits"); "" for no scores.
       dtype: of the networks' matrix products.
       out: folder the picture and the numbers are written to.
@@ -35,17 +36,18 @@ class SampleConfig(Recipe):
     seed: int = 0
     samples: int = 60
     shown: int = 60
+    columns: int = 10
     batch_size: int = 250
     guidance: str = ""
     guidance_scale: float | None = None
-    label: int | None = None
+    labels: str = ""
     data: str = ""
     dtype: str = "float32"
     out: str = "outputs"
 
     def __post_init__(self):
         super().__post_init__()
-        self.check_range(("samples", "shown", "batch_size"), 1)
+        self.check_range(("samples", "shown", "columns", "batch_size"), 1)
         self.check_range(("seed",), 0, 2**32)
         self.check_choice("guidance", ("", *MODES))
         self.check_choice("data", ("", "digits"))

@@ -103,6 +103,8 @@ def _refiner_task(config: TrainConfig, source: data.DataSource) -> Task:
         teacher.predictor_params,
         kind.refiner(network_config, **options),
         None,
+        teacher.vae,
+        teacher.vae_params,
     )
 
     def losses(recipe, params, frozen, batch, key):

@@ -93,7 +93,11 @@ def train_and_evaluate(config: Any, workdir: str | Path) -> TrainState:
         return state
     model = task.model(jax.tree.map(np.asarray, state.ema_params))
     model_directory.save(
-        workdir / "model", model.description, model.predictor_params, model.refiner_params
+        workdir / "model",
+        model.description,
+        model.predictor_params,
+        model.refiner_params,
+        model.vae_params,
     )
     return state
 

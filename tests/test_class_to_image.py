@@ -212,3 +212,51 @@ def test_sampling_works_under_jit_and_vmap_over_seeds(pipe):
     together = jax.jit(jax.vmap(sample))(noise)
     one_by_one = jnp.stack([sample(x) for x in noise])
     np.testing.assert_allclose(together, one_by_one, atol=2e-5)  # rounding of other batch shapes
+
+
+def test_classes_may_be_named(pipe):
+    named = pipe(["three", 1, "Four", "1", "five", 9], **SHORT)
+    np.testing.assert_array_equal(named, pipe(LABELS, **SHORT))
+    with pytest.raises(InputError, match=r"thre.*three"):
+        pipe(["thre"], **SHORT)
+
+
+def test_batches_that_do_not_divide_are_filled_up_and_change_nothing(pipe):
+    whole = np.asarray(pipe(LABELS, seeds=3, **SHORT), np.int32)
+    pipe(LABELS[:4], batch_size=4, **SHORT)
+    compiled = []
+    jax.monitoring.register_event_duration_secs_listener(
+        lambda event, duration, **_: compiled.append(event) if "backend_compile" in event else None
+    )
+    for count in (1, 2, 4, 5, 6):
+        images = pipe(LABELS[:count], seeds=3, batch_size=4, **SHORT)
+        assert images.shape[0] == count
+        # Another batch shape may round a pixel at a half differently.
+        assert np.abs(np.asarray(images, np.int32) - whole[:count]).max() <= 1
+    assert compiled == []
+    each = pipe(LABELS, seeds=[5, 6, 7, 8, 9, 10], batch_size=4, **SHORT)
+    np.testing.assert_array_equal(each[5], pipe(LABELS[5:], seeds=10, batch_size=4, **SHORT)[0])
+
+
+@pytest.mark.parametrize("size", [0, -1, 2.0, True])
+@pytest.mark.usefixtures("as_users_run_it")
+def test_a_batch_size_that_is_no_count_is_refused(pipe, size):
+    with pytest.raises(InputError, match="batch_size is"):
+        pipe(LABELS, batch_size=size, **SHORT)
+
+
+def test_without_a_vae_latents_are_pixels(pipe):
+    images = np.random.default_rng(0).integers(0, 256, (2, 8, 8, 1), np.uint8)
+    latents = pipe.encode(images)
+    np.testing.assert_allclose(latents, images / 127.5 - 1, atol=1e-6)
+    np.testing.assert_array_equal(pipe.decode(latents), images)
+
+
+@pytest.mark.usefixtures("as_users_run_it")
+def test_what_cannot_be_encoded_or_decoded_is_refused(pipe):
+    with pytest.raises(InputError, match=r"images are float32\[1, 8, 8, 1\].*uint8\[B, H, W, 1\]"):
+        pipe.encode(np.zeros((1, 8, 8, 1), np.float32))
+    with pytest.raises(InputError, match=r"images are uint8\[1, 8, 8, 3\]"):
+        pipe.encode(np.zeros((1, 8, 8, 3), np.uint8))
+    with pytest.raises(InputError, match=r"latents are float32\[8, 8, 1\].*float32\[B, H, W, 1\]"):
+        pipe.decode(np.zeros((8, 8, 1), np.float32))

@@ -63,7 +63,7 @@ def test_sample_settings_reach_the_card(model, tmp_path):
         "--config.guidance_scale=2",
         "--config.guidance=official",
         "--config.seed=5",
-        "--config.label=3",
+        "--config.labels=3",
         "--config.dtype=bfloat16",
         *SMALL,
     )
@@ -71,12 +71,12 @@ def test_sample_settings_reach_the_card(model, tmp_path):
     (row,) = json.loads((tmp_path / "digits.json").read_text())["schedules"]
     card = row["card"]
     assert (card["guidance"], card["guidance_scale"], card["seed"]) == ("official", 2.0, 5)
-    assert (card["label_sampling"], card["dtype"]) == ("label 3", "bfloat16")
+    assert (card["label_sampling"], card["dtype"]) == ("in turn: 3", "bfloat16")
     assert "frechet_distance" not in row["results"]
 
 
 def test_one_class_is_not_scored_against_all_digits(model, tmp_path, capsys):
-    given = [f"--config.model_dir={model}", f"--config.out={tmp_path}", "--config.label=3"]
+    given = [f"--config.model_dir={model}", f"--config.out={tmp_path}", "--config.labels=3"]
     assert run(sample_script.main, *given, "--config.baseline=", *SMALL) == 0
     (row,) = json.loads((tmp_path / "digits.json").read_text())["schedules"]
     assert "frechet_distance" not in row["results"]
@@ -93,7 +93,7 @@ def test_one_class_is_not_scored_against_all_digits(model, tmp_path, capsys):
         (["--config.schedule=R4"], "starts with R"),
         (["--config.samples=many"], "invalid literal"),
         (["--config.samples=0"], "samples is 0"),
-        (["--config.label=10"], "label 10 is out of range"),
+        (["--config.labels=10"], "label 10 is out of range"),
         (["--config.model_dir=nowhere"], "no model directory at 'nowhere'"),
         (["--config.guidance=strong"], "guidance is 'strong'"),
         (["--config.dtype=int8"], "dtype is 'int8'"),
@@ -153,7 +153,7 @@ def test_evaluate_continues_its_file_and_prints_means(model, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["dance"], "unknown command 'dance'; known are evaluate"),
+        (["dance"], "unknown command 'dance'; known are convert, evaluate"),
         (["evaluate"], "arguments are required"),
         (["evaluate", "nowhere", "--schedules=H1", "--out=x"], "no model directory"),
         (["evaluate", "digits", "--schedules=X", "--out=x"], "cannot be read"),

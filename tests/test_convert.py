@@ -124,8 +124,8 @@ def test_weights_of_another_model_are_refused(config, message):
         convert.params_from_state("sit", config, golden.weights("sit/sit"))
 
 
-def test_unknown_family_is_refused():
-    with pytest.raises(InputError, match="unknown model family 'vit'"):
+def test_unknown_kind_of_network_is_refused():
+    with pytest.raises(InputError, match="unknown kind of network 'vit'; known are sit, vae"):
         convert.params_from_state("vit", golden.SIT, {})
 
 

@@ -11,13 +11,12 @@ from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from flowturbo_jax import images
+from flowturbo_jax.class_names import label_of
 from flowturbo_jax.interfaces import InputError
 from flowturbo_jax.pipelines import evaluation
 from flowturbo_jax.pipelines.class_to_image import ClassToImage
 from flowturbo_jax.sample_config import SampleConfig
 from flowturbo_jax.schedule import Schedule
-
-COLUMNS = 10  # a column per class of the digits
 
 
 def sample(config: Mapping[str, Any] | ConfigDict) -> dict[str, Any]:
@@ -44,7 +43,7 @@ def sample(config: Mapping[str, Any] | ConfigDict) -> dict[str, Any]:
     }
     for text in config.schedules:  # before the bar, so that a refusal stands alone
         pipe.check(labels, text, config.guidance_scale, settings["guidance"])
-    sampling = "balanced" if config.label is None else f"label {config.label}"
+    sampling = "balanced" if not config.labels else f"in turn: {config.labels}"
     rows, panels = [], []
     with tqdm(total=len(labels) * len(config.schedules), unit="image") as bar:
         for text in config.schedules:
@@ -60,8 +59,8 @@ def sample(config: Mapping[str, Any] | ConfigDict) -> dict[str, Any]:
             results = {"ms_per_image": made.ms_per_image, "compile_seconds": made.compile_seconds}
             if reference is not None:
                 scores = evaluation.score(made, reference)
-                if config.label is not None:
-                    del scores["frechet_distance"]  # of one class, to all: it would say nothing
+                if config.labels:
+                    del scores["frechet_distance"]  # of some classes, to all: it would say nothing
                 results |= scores
             card = evaluation.protocol_card(
                 pipe,
@@ -82,10 +81,11 @@ def _advance(bar: Any, name: str, count: int) -> None:
 
 
 def _labels(pipe: ClassToImage, config: SampleConfig) -> np.ndarray:
-    if config.label is None:
-        classes = pipe.model.description.predictor.num_classes
-        return evaluation.balanced_labels(config.samples, classes)
-    return np.full(config.samples, config.label, np.int32)
+    description = pipe.model.description
+    if not config.labels:
+        return evaluation.balanced_labels(config.samples, description.predictor.num_classes)
+    wanted = [label_of(text.strip(), description.class_names) for text in config.labels.split(",")]
+    return np.resize(np.array(wanted, np.int32), config.samples)
 
 
 def _title(schedule: Schedule, ms_per_image: float) -> list[str]:
@@ -110,7 +110,7 @@ def _write(config: SampleConfig, rows: list[Any], panels: list[Any]) -> dict[str
     zoom = max(1, 48 // panels[0][1].shape[1])
     cards = json.dumps([row["card"] for row in rows])
     try:
-        drawn = images.side_by_side(panels, columns=COLUMNS, zoom=zoom)
+        drawn = images.side_by_side(panels, columns=config.columns, zoom=zoom)
         images.save_png(picture, drawn, {"protocol_cards": cards})
         report = {"picture": str(picture), "schedules": rows}
         draft = out / f".{config.name}.json"

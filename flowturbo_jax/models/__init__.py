@@ -1,4 +1,4 @@
-"""Networks, and the table of families a model directory may name."""
+"""Networks, and the tables of those a model directory may name."""
 
 from typing import Any, NamedTuple
 
@@ -7,6 +7,19 @@ from flax import linen as nn
 from flowturbo_jax.interfaces import InputError
 from flowturbo_jax.models.refiner import Refiner
 from flowturbo_jax.models.sit import SiT, SiTConfig
+from flowturbo_jax.models.vae import VAE, VAEConfig
+
+__all__ = [
+    "FAMILIES",
+    "NETWORKS",
+    "VAE",
+    "Family",
+    "Refiner",
+    "SiT",
+    "SiTConfig",
+    "VAEConfig",
+    "family",
+]
 
 
 class Family(NamedTuple):
@@ -31,6 +44,7 @@ class Family(NamedTuple):
 
 
 FAMILIES = {"sit": Family(SiTConfig, SiT)}
+NETWORKS = {"sit": SiT, "vae": VAE}  # every kind of network that weights are converted for
 
 
 def family(name: str) -> Family:

@@ -37,6 +37,8 @@ class SiTConfig:
       mlp_ratio: hidden width of the MLP over hidden_size.
       frequency_embedding_size: number of sinusoidal time features.
       in_channels_scale: how many arrays of in_channels enter side by side: 1, or 2 for a refiner.
+      reversed_time: the weights were trained with t = 0 for data and the velocity toward noise, as
+        REPA's; the network still takes our t and gives our velocity.
     """
 
     input_size: int
@@ -51,6 +53,7 @@ class SiTConfig:
     mlp_ratio: float = 4.0
     frequency_embedding_size: int = 256
     in_channels_scale: int = 1
+    reversed_time: bool = False
 
     def __post_init__(self):
         sizes = ("input_size", "in_channels", "patch_size", "hidden_size", "depth", "num_heads")
@@ -63,7 +66,7 @@ class SiTConfig:
         ratio = self.mlp_ratio
         if not isinstance(ratio, int | float) or not 1 <= ratio * self.hidden_size < math.inf:
             raise InputError(f"SiT mlp_ratio is {ratio!r}; it must be a positive number")
-        for name in ("null_class", "learn_sigma"):
+        for name in ("null_class", "learn_sigma", "reversed_time"):
             if not isinstance(getattr(self, name), bool):
                 raise InputError(f"SiT {name} is {getattr(self, name)!r}; it must be true or false")
         for name, divisor in (
@@ -98,12 +101,21 @@ class SiTConfig:
         }
         return cls(**{**defaults, **fields})
 
+    @property
+    def size_name(self) -> str | None:
+        """The published size these hyper-parameters are of, such as "SiT-XL/2", or None."""
+        for size, (depth, hidden_size, num_heads) in SIZES.items():
+            if (self.depth, self.hidden_size, self.num_heads) == (depth, hidden_size, num_heads):
+                return f"SiT-{size}/{self.patch_size}"
+        return None
+
     def refiner(self, **fields: Any) -> "SiTConfig":
         """The refiner's network for this predictor: one block over [x, v]; `fields` overrides.
 
         Source: PAPER section 3, "Same family as the predictor, about 5 % of its parameters".
         """
-        return dataclasses.replace(self, **{"depth": 1, "in_channels_scale": 2, **fields})
+        own = {"depth": 1, "in_channels_scale": 2, "reversed_time": False}
+        return dataclasses.replace(self, **{**own, **fields})
 
     def check_refiner(self, refiner: "SiTConfig") -> None:
         """Refuses a refiner that was made for another predictor.
@@ -168,6 +180,8 @@ class SiT(nn.Module):
         # float32 is to mean float32: accelerators would otherwise round to TF32 or bfloat16.
         exact = "highest" if self.dtype == jnp.float32 else "default"
         with jax.default_matmul_precision(exact):
+            if self.config.reversed_time:  # REPA loss.py: x = (1 - t) data + t noise
+                return -self._forward(x, 1 - t, labels)
             return self._forward(x, t, labels)
 
     def _forward(self, x: jax.Array, t: jax.Array, labels: Labels | None) -> jax.Array:

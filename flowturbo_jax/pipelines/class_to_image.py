@@ -2,7 +2,6 @@
 
 import numbers
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +10,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from flowturbo_jax import guidance as guide
-from flowturbo_jax import images, model_directory, path, sampler
-from flowturbo_jax.interfaces import Flow, ImageBytes, InputError, Labels, Latents
+from flowturbo_jax import model_directory, path
+from flowturbo_jax.class_names import label_of
+from flowturbo_jax.interfaces import ImageBytes, InputError, Latents
 from flowturbo_jax.model_directory import Model
+from flowturbo_jax.pipelines import programs
 from flowturbo_jax.schedule import Schedule
 
 DEFAULT_SCHEDULE = "H1P5R3"  # the paper's fastest on ImageNet
+ClassLabels = Sequence[int | str] | np.ndarray | jax.Array
 
 
 class ClassToImage:
@@ -31,7 +33,14 @@ class ClassToImage:
 
     def __init__(self, model: Model):
         self.model = model
-        self._params = jax.tree.map(jnp.asarray, (model.predictor_params, model.refiner_params))
+        # Networks cast each kernel to their dtype before they use it: cast once, they are smaller.
+        self._params = jax.tree.map(
+            lambda a: jnp.asarray(a, model.predictor.dtype),
+            (model.predictor_params, model.refiner_params),
+        )
+        # The VAE's group norms want their parameters in float32.
+        vae = model.vae_params or {}
+        self._decoder = jax.tree.map(jnp.asarray, {k: v for k, v in vae.items() if k == "decoder"})
 
     @classmethod
     def load(cls, directory: str | Path, dtype: str = "float32") -> "ClassToImage":
@@ -39,7 +48,8 @@ class ClassToImage:
 
         Args:
           directory: path or shipped name.
-          dtype: of the networks' matrix products, "float32" or "bfloat16"; x stays float32.
+          dtype: of the networks' matrix products and of their parameters on the device, "float32"
+            or "bfloat16"; x stays float32.
 
         Raises:
           InputError: the directory is missing, damaged, or does not fit its description.
@@ -48,42 +58,63 @@ class ClassToImage:
 
     def __call__(
         self,
-        labels: Sequence[int] | np.ndarray | jax.Array,
+        labels: ClassLabels,
         *,
         seeds: int | Sequence[int] | np.ndarray = 0,
         first_index: int = 0,
         schedule: str | Schedule = DEFAULT_SCHEDULE,
         guidance_scale: float | jax.Array | None = None,
         guidance: str | None = None,
+        batch_size: int | None = None,
     ) -> ImageBytes:
         """Samples one image per label.
 
         Image i depends on its label and noise alone, and its noise on (seed, index) alone.
 
         Args:
-          labels: `[B]` int, class numbers.
+          labels: `[B]`, class numbers, or names such as "golden retriever".
           seeds: one seed for all, whose images have the indices first_index, first_index + 1, ...;
             or one seed per image, each the first image of its seed.
           first_index: where the indices of a single seed start, to continue an earlier batch.
           schedule: which block makes each step.
           guidance_scale: 1 is no guidance; the model's default if None.
           guidance: "paired", "official" or "none"; the model's default if None.
+          batch_size: images computed at a time, all if None. The last batch is filled up and cut,
+            so other numbers of labels compile nothing.
 
         Returns:
           Images `[B, H, W, C]` uint8.
 
         Raises:
-          InputError: a label, seed, schedule or guidance the model cannot take.
+          InputError: a label, seed, schedule, guidance or batch size the model cannot take.
         """
         labels = self._check_labels(labels)
         seeds, indices = _seeds_and_indices(seeds, first_index, len(labels))
         static, scale = self._settings(schedule, guidance_scale, guidance)
-        return _sample_images(self._params, seeds, indices, labels, scale, **static)
+        if batch_size is not None and (type(batch_size) is not int or batch_size < 1):
+            raise InputError(f"batch_size is {batch_size!r}; it must be a positive whole number")
+        count = len(labels)
+        if batch_size is None or batch_size == count:
+            return self._sample_images(seeds, indices, labels, scale, static)
+        labels = np.asarray(labels)
+        parts = []
+        for first in range(0, count, batch_size):
+            rows = np.minimum(np.arange(first, first + batch_size), count - 1)
+            made = self._sample_images(seeds[rows], indices[rows], labels[rows], scale, static)
+            parts.append(np.asarray(made))
+        return jax.device_put(np.concatenate(parts)[:count])
+
+    def _sample_images(
+        self, seeds: Any, indices: Any, labels: Any, scale: jax.Array, static: dict[str, Any]
+    ) -> ImageBytes:
+        return programs.sample_images(
+            self._params, self._decoder, seeds, indices, labels, scale, **static
+        )
 
     def sample_latents(
         self,
         noise: Latents,
-        labels: Sequence[int] | np.ndarray | jax.Array,
+        labels: ClassLabels,
         *,
         schedule: str | Schedule = DEFAULT_SCHEDULE,
         guidance_scale: float | jax.Array | None = None,
@@ -116,11 +147,69 @@ class ClassToImage:
         if len(labels) != len(noise):
             raise InputError(f"{len(labels)} labels for {len(noise)} noises; one each is needed")
         static, scale = self._settings(schedule, guidance_scale, guidance)
-        return _sample_latents(self._params, noise, labels, scale, **static)
+        return programs.sample_latents(self._params, noise, labels, scale, **static)
+
+    def encode(self, images: ImageBytes | np.ndarray, seed: int | None = None) -> Latents:
+        """The latents of images, of which those of one size share a program.
+
+        Args:
+          images: `[B, H, W, C]` uint8; above 512 x 512 the VAE encodes them in tiles.
+          seed: draw from the encoder's distribution with the noise of (seed, i); its mean if None.
+
+        Returns:
+          Latents `[B, H / f, W / f, C']` float32, scaled as the predictor wants them.
+
+        Raises:
+          InputError: the images are no such array, or the sides are not divisible by the VAE's f.
+        """
+        images, vae = jnp.asarray(images), self.model.vae
+        channels = (
+            self.model.description.predictor.shape[-1] if vae is None else vae.config.in_channels
+        )
+        factor = 1 if vae is None else vae.config.downsampling
+        if (
+            images.ndim != 4
+            or images.dtype != jnp.uint8
+            or images.shape[-1] != channels
+            or any(side % factor for side in images.shape[1:3])
+        ):
+            raise InputError(
+                f"images are {images.dtype}{list(images.shape)}; this model encodes "
+                f"uint8[B, H, W, {channels}] with H and W divisible by {factor}"
+            )
+        noise = None
+        if seed is not None and vae is not None:
+            seeds, indices = _seeds_and_indices(seed, 0, len(images))
+            height, width = (side // factor for side in images.shape[1:3])
+            shape = (height, width, vae.config.latent_channels)
+            noise = path.sample_noise(jnp.asarray(seeds), jnp.asarray(indices), shape)
+        encoder = {} if vae is None else {"encoder": self.model.vae_params["encoder"]}
+        return programs.encode(encoder, images, noise, networks=programs.Networks(self.model))
+
+    def decode(self, latents: Latents) -> ImageBytes:
+        """The images of latents, of which those of one size share a program.
+
+        Args:
+          latents: `[B, H, W, C]` float32, as `sample_latents` gives them; above 64 x 64 the VAE
+            decodes them in tiles.
+
+        Returns:
+          Images `[B, H f, W f, C']` uint8.
+
+        Raises:
+          InputError: the latents are no such array.
+        """
+        latents, channels = jnp.asarray(latents), self.model.description.predictor.shape[-1]
+        if latents.ndim != 4 or latents.dtype != jnp.float32 or latents.shape[-1] != channels:
+            raise InputError(
+                f"latents are {latents.dtype}{list(latents.shape)}; this model decodes "
+                f"float32[B, H, W, {channels}]"
+            )
+        return programs.decode(self._decoder, latents, networks=programs.Networks(self.model))
 
     def check(
         self,
-        labels: Sequence[int] | np.ndarray,
+        labels: ClassLabels,
         schedule: str | Schedule,
         guidance_scale: float | jax.Array | None = None,
         guidance: str | None = None,
@@ -133,15 +222,19 @@ class ClassToImage:
         self._check_labels(labels)
         self._settings(schedule, guidance_scale, guidance)
 
-    def _check_labels(self, labels: Any) -> Labels | None:
+    def _check_labels(self, labels: Any) -> np.ndarray | jax.Array:
         """Labels as an array; JAX would silently clamp those out of range."""
         if isinstance(labels, jax.core.Tracer):
             return labels
         classes = self.model.description.predictor.num_classes
+        if isinstance(labels, list | tuple) and any(isinstance(label, str) for label in labels):
+            names = self.model.description.class_names
+            labels = [label_of(label, names) for label in labels]
         labels = np.asarray(labels)
         if labels.ndim != 1 or not len(labels) or labels.dtype.kind not in "iu":
             raise InputError(
-                f"labels are {labels.dtype}{list(labels.shape)}; wanted is a list of class numbers"
+                f"labels are {labels.dtype}{list(labels.shape)}; wanted is a list of class numbers "
+                "or names"
             )
         wrong = labels[(labels < 0) | (labels >= max(classes, 1))]
         if len(wrong):
@@ -149,7 +242,7 @@ class ClassToImage:
                 f"label {wrong[0]} is out of range; this model has "
                 + (f"the classes 0 to {classes - 1}" if classes else "no classes: use label 0")
             )
-        return jnp.asarray(labels, jnp.int32)
+        return labels.astype(np.int32)  # not JAX's, which compiles a conversion per length
 
     def _settings(
         self, schedule: str | Schedule, scale: float | jax.Array | None, mode: str | None
@@ -163,7 +256,7 @@ class ClassToImage:
             )
         mode, scale = self.resolve_guidance(mode, scale)
         static = {
-            "networks": _Networks(self.model),
+            "networks": programs.Networks(self.model),
             "schedule": schedule,
             "guidance": mode,
         }
@@ -209,65 +302,7 @@ class ClassToImage:
         return mode, float(scale)
 
 
-class _Networks:
-    """The static part of a model, equal and hashed by what the programs depend on."""
-
-    def __init__(self, model: Model):
-        self.predictor, self.refiner = model.predictor, model.refiner
-        self.config = model.description.predictor
-        self.guided_channels = model.description.guided_channels
-        self._key = (self.predictor, self.refiner, self.config, self.guided_channels)
-
-    def __hash__(self) -> int:
-        return hash(self._key)
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Networks) and self._key == other._key
-
-
-def make_flow(networks: Any, params: Any, labels: Labels, scale: jax.Array, guidance: str) -> Flow:
-    """The flow of a model's networks under labels.
-
-    Args:
-      networks: has `predictor`, `refiner` (or None), `config` and `guided_channels`.
-      params: parameters of both, `(predictor, refiner)`.
-      labels: `[B]` int32.
-      scale: guidance scale `[]` float32.
-      guidance: "none", "official" or "paired".
-    """
-    predictor_params, refiner_params = params
-
-    def predictor(x, t, condition):
-        return networks.predictor.apply({"params": predictor_params}, x, t, condition)
-
-    def refiner(x, v, t, condition):
-        return networks.refiner.apply({"params": refiner_params}, x, v, t, condition)
-
-    refiner = refiner if networks.refiner is not None else None
-    if not networks.config.num_classes:
-        return guide.unguided(predictor, refiner, None)
-    if guidance == "none":
-        return guide.unguided(predictor, refiner, labels)
-    null = jnp.full_like(labels, networks.config.null_label)
-    if guidance == "paired":
-        return guide.paired(predictor, refiner, labels, null, scale)
-    return guide.official(predictor, refiner, labels, null, scale, networks.guided_channels)
-
-
-@partial(jax.jit, static_argnames=("networks", "schedule", "guidance"))
-def _sample_latents(params, noise, labels, scale, *, networks, schedule, guidance):
-    flow = make_flow(networks, params, labels, scale, guidance)
-    return sampler.sample(flow, noise, schedule)
-
-
-@partial(jax.jit, static_argnames=("networks", "schedule", "guidance"))
-def _sample_images(params, seeds, indices, labels, scale, *, networks, schedule, guidance):
-    noise = path.sample_noise(seeds, indices, networks.config.shape)
-    flow = make_flow(networks, params, labels, scale, guidance)
-    return images.to_uint8(sampler.sample(flow, noise, schedule))
-
-
-def _seeds_and_indices(seeds: Any, first_index: int, count: int) -> tuple[jax.Array, jax.Array]:
+def _seeds_and_indices(seeds: Any, first_index: int, count: int) -> tuple[np.ndarray, np.ndarray]:
     seeds = np.asarray(seeds)
     if seeds.dtype.kind not in "iu" or (seeds < 0).any() or (seeds >= 2**32).any():
         raise InputError(f"seeds are {seeds.tolist()}; they must be whole numbers in [0, 2^32)")
@@ -284,4 +319,4 @@ def _seeds_and_indices(seeds: Any, first_index: int, count: int) -> tuple[jax.Ar
     ):
         raise InputError(f"first_index is {first_index!r}; it must be a whole number in [0, 2^32)")
     seeds = np.broadcast_to(seeds, (count,))
-    return jnp.asarray(seeds, jnp.uint32), jnp.asarray(indices, jnp.uint32)
+    return seeds.astype(np.uint32), indices.astype(np.uint32)

@@ -1,0 +1,135 @@
+"""Turns published weights into a model directory, describes one, or exports its networks.
+
+  convert --predictor SiT-XL-2-256x256.pt --refiner SiT-XL-2-Refiner.pt --vae vae-ema/ --out DIR
+  convert --describe DIR
+  convert --export DIR --network refiner --out refiner.safetensors
+
+Reads .safetensors, PyTorch's .pt, .pth and .bin (without PyTorch; nothing in them is executed) and
+diffusers folders. Every file is verified before anything is written. A reference may also be
+hf://owner/name/file. Of a training checkpoint the moving average (ema) is taken unless --weights
+says model; the official FlowTurbo code takes model.
+"""
+
+import argparse
+from collections.abc import Sequence
+
+from flowturbo_jax import model_directory
+from flowturbo_jax.commands.entry import LineParser
+from flowturbo_jax.guidance import MODES
+from flowturbo_jax.interfaces import InputError
+from flowturbo_jax.model_description import Description
+from flowturbo_jax.pipelines import conversion, costs
+
+
+def main(argv: Sequence[str]) -> None:
+    """Reads the command line and does one of the three."""
+    args = _parser().parse_args(argv[1:])
+    jobs = [name for name in ("predictor", "describe", "export") if getattr(args, name)]
+    if len(jobs) != 1:
+        raise InputError("give one of --predictor (to convert), --describe and --export")
+    _refuse_unused(args, jobs[0])
+    if jobs[0] == "describe":
+        print(table(model_directory.describe(args.describe)))
+        return
+    if not args.out:
+        raise InputError("--out is missing; it says where to write")
+    if jobs[0] == "export":
+        state = conversion.export(args.export, args.network, args.out, args.force)
+        print(f"wrote {args.out}: {len(state)} tensors under their official names")
+        return
+    description = conversion.convert_model(_sources(args), args.out, args.force, print)
+    print(table(description))
+    print(f"wrote {args.out}; sample it with sample.py --config.model_dir={args.out}")
+
+
+CONVERT_ONLY = {
+    "refiner": "weights of its refiner",
+    "vae": "folder of a diffusers AutoencoderKL",
+    "predictor_config": "JSON file of what shapes do not tell, such as num_heads",
+    "refiner_config": "the same for the refiner",
+    "size": "the published size the predictor must have, such as SiT-XL/2",
+    "image_size": "the side its images must have, in pixels",
+    "predictor_sha256": "refuse another predictor file",
+    "refiner_sha256": "refuse another refiner file",
+    "vae_sha256": "refuse another VAE weights file",
+    "class_names": "file with one name per line; ImageNet's for 1000 classes",
+    "guidance": f"default mode of the model: {', '.join(MODES)}",
+    "guidance_scale": "default scale of the model",
+    "guided_channels": "how many channels the official mode guides; 3 of SiT's 4",
+    "weights": "of a training checkpoint: ema (default) or model",
+}
+NUMBERS = {"image_size": int, "guidance_scale": float, "guided_channels": int}
+
+
+def _parser() -> LineParser:
+    parser = LineParser(prog="python -m flowturbo_jax convert", description=__doc__)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("--predictor", help="weights of a SiT")
+    for name, text in CONVERT_ONLY.items():
+        flag = f"--{name.replace('_', '-')}"
+        parser.add_argument(flag, help=text, type=NUMBERS.get(name, str))
+    parser.add_argument(
+        "--skip-direction-check",
+        action="store_true",
+        help="do not evaluate the predictor once to find weights that predict noise",
+    )
+    parser.add_argument("--describe", metavar="DIR", help="print what a model directory costs")
+    parser.add_argument("--export", metavar="DIR", help="write one network under official names")
+    parser.add_argument("--network", help="which: predictor, refiner or vae")
+    parser.add_argument("--out", help="model directory, or the .safetensors file of --export")
+    parser.add_argument("--force", action="store_true", help="replace what stands at --out")
+    return parser
+
+
+def _refuse_unused(args: argparse.Namespace, job: str) -> None:
+    """Refuses arguments that the job would ignore."""
+    used = {
+        "predictor": {*CONVERT_ONLY, "skip_direction_check", "out", "force"},
+        "describe": set(),
+        "export": {"network", "out", "force"},
+    }[job]
+    for name, value in vars(args).items():
+        if value and name != job and name not in used:
+            flag, verb = name.replace("_", "-"), "convert" if job == "predictor" else job
+            raise InputError(f"--{flag} means nothing to {verb}; leave it out")
+    if job == "export" and args.network is None:
+        raise InputError("--network is missing; it is predictor, refiner or vae")
+
+
+def _sources(args: argparse.Namespace) -> conversion.Sources:
+    which = args.weights or "ema"
+    if which not in ("ema", "model"):
+        raise InputError(f"--weights is {which!r}; it must be ema or model")
+    given = {name: getattr(args, f"{name}_sha256") for name in ("predictor", "refiner", "vae")}
+    return conversion.Sources(
+        predictor=args.predictor,
+        refiner=args.refiner,
+        vae=args.vae,
+        which=which,
+        predictor_config=args.predictor_config,
+        refiner_config=args.refiner_config,
+        size=args.size,
+        image_size=args.image_size,
+        sha256={name: value for name, value in given.items() if value is not None},
+        class_names=args.class_names,
+        guidance=args.guidance,
+        guidance_scale=args.guidance_scale,
+        guided_channels=args.guided_channels,
+        check_direction=not args.skip_direction_check,
+    )
+
+
+def table(description: Description) -> str:
+    """What a model is and what its networks cost, as text."""
+    height, width, channels = description.image_shape
+    size = description.predictor.size_name or description.family
+    lines = [
+        f"{size}: {height} x {width} x {channels} images, {description.predictor.num_classes} "
+        f"classes, guidance {description.guidance} at {description.guidance_scale:g}",
+        f"{'network':12s}{'parameters':>14s}{'per evaluation':>20s}",
+    ]
+    for cost in costs.network_costs(description):
+        count, work = cost.parameters / 1e6, cost.multiply_adds / 1e9
+        lines.append(f"{cost.what:12s}{count:>12.2f} M{work:>15.2f} GMAC")
+    lines.append("(of one image and one branch of guidance; 1 MAC is a multiply-add, 2 FLOP)")
+    return "\n".join(lines)

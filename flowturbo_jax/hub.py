@@ -1,0 +1,230 @@
+"""Files named by a local path or an `hf://` reference, downloaded to the Hugging Face cache."""
+
+import hashlib
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path, PurePosixPath
+from typing import NamedTuple
+from urllib.parse import quote, unquote
+
+from flowturbo_jax.interfaces import InputError
+
+FORM = "hf://owner/name/path/to/file or hf://owner/name@revision/path/to/file"
+SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
+REFERENCE = re.compile(r"hf://([\w.-]+/[\w.-]+)(?:@([\w.%-]+))?(?:/(.*))?", re.ASCII)
+COMMIT = re.compile(r"[0-9a-f]{40}")
+NOT_MODELS = ("datasets/", "spaces/")  # what the hub also names in this way
+INDEX = ".index.json"  # end of the name of the file that lists the shards of large weights
+
+# diffusers, utils/constants.py: the files of one network; the weights are in one of four forms.
+DIFFUSERS_FILES = (
+    "config.json",
+    (
+        "diffusion_pytorch_model.safetensors",
+        f"diffusion_pytorch_model.safetensors{INDEX}",
+        "diffusion_pytorch_model.bin",
+        f"diffusion_pytorch_model.bin{INDEX}",
+    ),
+)
+
+
+class Place(NamedTuple):
+    """A file or folder on the hub.
+
+    Attributes:
+      repository: "owner/name".
+      revision: branch, tag or commit; None for the main branch. A "/" in it is %2F in a reference.
+      path: inside the repository; "" for its root.
+    """
+
+    repository: str
+    revision: str | None
+    path: str
+
+    def __str__(self):
+        """The reference that means this place."""
+        revision = f"@{quote(self.revision, safe='')}" if self.revision else ""
+        return f"hf://{self.repository}{revision}" + (f"/{self.path}" if self.path else "")
+
+
+def fetch(
+    reference: str | Path, *, endpoint: str | None = None, cache_dir: str | Path | None = None
+) -> Path:
+    """The local path of a file; one on the hub is downloaded unless the cache has it.
+
+    Args:
+      reference: a local path, which is returned as it is and need not exist, or
+        `hf://owner/name/path/to/file`, with `@revision` after the name for other than main.
+      endpoint: address of the hub; by default that of `huggingface_hub`.
+      cache_dir: where downloads are kept; by default the cache of `huggingface_hub`.
+
+    Raises:
+      InputError: the reference is malformed, or its file cannot be had.
+    """
+    place = _parse(reference)
+    if place is None:
+        return Path(reference)
+    if not place.path:
+        raise InputError(f"{reference} names no file; write {FORM}")
+    return _Downloads(endpoint, cache_dir).file(place)
+
+
+def fetch_folder(
+    reference: str | Path,
+    names: Sequence[str | Sequence[str]] = DIFFUSERS_FILES,
+    *,
+    endpoint: str | None = None,
+    cache_dir: str | Path | None = None,
+) -> Path:
+    """The local path of a folder that holds the named files, all of one commit.
+
+    Args:
+      reference: a local path, which is returned as it is and need not exist, or `hf://owner/name`
+        or `hf://owner/name/path/to/folder`, with `@revision` after the name for other than main.
+      names: the wanted files, the first of which must be a name. A tuple of names stands for the
+        first of them that exists; a name that ends in ".index.json" brings the shards it lists.
+      endpoint: as in `fetch`.
+      cache_dir: as in `fetch`.
+
+    Raises:
+      InputError: the reference is malformed, or a file cannot be had.
+    """
+    folder = _parse(reference)
+    if folder is None:
+        return Path(reference)
+    downloads = _Downloads(endpoint, cache_dir)
+    first = downloads.file(_inside(folder, names[0]))
+    local = first.parent
+    # The cache keeps a file under snapshots/COMMIT/path: what follows is to be of that commit.
+    commit = local.parents[len(PurePosixPath(folder.path).parts) - 1] if folder.path else local
+    folder = folder._replace(revision=commit.name)
+    for name in names[1:]:
+        choices = (name,) if isinstance(name, str) else name
+        file = downloads.first_file([_inside(folder, choice) for choice in choices])
+        if file.name.endswith(INDEX):
+            for shard in _shards(file):
+                downloads.file(_inside(folder, shard))
+    return local
+
+
+def check_sha256(path: str | Path, expected: str) -> None:
+    """Refuses a file whose sha256 is not the expected one, given in hexadecimal.
+
+    Raises:
+      InputError: it is another, or the file cannot be read.
+    """
+    try:
+        with Path(path).open("rb") as file:
+            found = hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error.strerror}") from error
+    if found != expected.strip().lower():
+        raise InputError(
+            f"{path} has sha256 {found}, expected {expected}: it is damaged or another file; "
+            "download it again"
+        )
+
+
+def _parse(reference: str | Path) -> Place | None:
+    """What an `hf://` reference means; None for a local path."""
+    if isinstance(reference, Path) or not SCHEME.match(reference):
+        return None
+    match = REFERENCE.fullmatch(reference)
+    path = (match[3] or "").removesuffix("/") if match else ""
+    if (
+        match is None
+        or match[1].startswith(NOT_MODELS)
+        or (path and any(part in ("", ".", "..") for part in path.split("/")))
+        or "\\" in path
+    ):
+        raise InputError(f"{reference} is no reference to a file of a model; write {FORM}")
+    return Place(match[1], match[2] and unquote(match[2]), path)
+
+
+def _inside(folder: Place, name: str) -> Place:
+    return folder._replace(path=f"{folder.path}/{name}" if folder.path else name)
+
+
+def _shards(index: Path) -> list[str]:
+    """The files that an index of sharded weights lists, which are beside it."""
+    try:
+        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise InputError(f"{index} is no index of sharded weights ({error!r})") from error
+    for name in names:
+        if not isinstance(name, str) or name in ("", ".", "..") or set(name) & set("/\\"):
+            raise InputError(f"{index} lists the file {name!r}, which is not beside it")
+    return names
+
+
+class _Downloads:
+    """Downloads to one cache; every failure is an InputError of one line."""
+
+    def __init__(self, endpoint: str | None, cache_dir: str | Path | None):
+        try:
+            import huggingface_hub  # here, since only these references need it
+        except ImportError as error:
+            raise InputError(
+                "hf:// references need huggingface_hub; install it with  pip install "
+                "huggingface_hub  or give a local path"
+            ) from error
+        self._hub = huggingface_hub
+        self._options = {"endpoint": endpoint, "cache_dir": cache_dir}
+
+    def file(self, place: Place) -> Path:
+        return self.first_file([place])
+
+    def first_file(self, places: Sequence[Place]) -> Path:
+        """The first of several files that exists."""
+        for place in places:
+            try:
+                if not self._is_known_to_lack(place):
+                    return self._download(place)
+            except self._hub.errors.LocalEntryNotFoundError as error:  # an EntryNotFoundError too
+                raise InputError(self._reason(place, error)) from error
+            except self._hub.errors.EntryNotFoundError:
+                pass
+            except Exception as error:  # of many kinds, HTTP libraries' own among them
+                raise InputError(self._reason(place, error)) from error
+        folder, wanted = places[0]._replace(path=""), " or ".join(place.path for place in places)
+        raise InputError(f"{folder} has no file {wanted}; look there for the right name")
+
+    def _download(self, place: Place) -> Path:
+        options = {**self._options, "revision": place.revision}
+        return Path(self._hub.hf_hub_download(place.repository, place.path, **options))
+
+    def _is_known_to_lack(self, place: Place) -> bool:
+        """Whether the cache remembers that a commit, which never changes, has no such file."""
+        if not COMMIT.fullmatch(place.revision or ""):
+            return False
+        cached = self._hub.try_to_load_from_cache(
+            place.repository,
+            place.path,
+            cache_dir=self._options["cache_dir"],
+            revision=place.revision,
+        )
+        return not (cached is None or isinstance(cached, str))  # neither unknown nor a path
+
+    def _reason(self, place: Place, error: Exception) -> str:
+        """One line on why a download failed, and what to do about it."""
+        errors, cause = self._hub.errors, error.__cause__ or error
+        said = " ".join(f"{type(cause).__name__}: {cause}".split())
+        if isinstance(error, errors.GatedRepoError):
+            return (
+                f"cannot download {place}: {place.repository} is open to those only who asked for "
+                "access on its page; do that, then log in with  hf auth login"
+            )
+        if isinstance(error, errors.RepositoryNotFoundError):
+            return (
+                f"cannot download {place}: there is no model {place.repository}, or it is private; "
+                "check the name, or log in with  hf auth login"
+            )
+        if isinstance(error, errors.RevisionNotFoundError):
+            return f"cannot download {place}: {place.repository} has no such revision"
+        if isinstance(error, errors.LocalEntryNotFoundError):
+            return (
+                f"cannot download {place}: it is not in the cache and the hub cannot be reached "
+                f"({said}); check the connection, or give a local path"
+            )
+        return f"cannot download {place}: {said}"

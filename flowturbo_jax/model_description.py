@@ -1,0 +1,129 @@
+"""What model.json says: the networks of a model, its defaults, and where its weights came from."""
+
+import dataclasses
+import json
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from flowturbo_jax.guidance import MODES
+from flowturbo_jax.interfaces import InputError
+from flowturbo_jax.models import VAEConfig, family
+
+FORMAT = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Description:
+    """The contents of model.json.
+
+    Attributes:
+      family: key of `models.FAMILIES`.
+      predictor: the family's config of the predictor.
+      refiner: the family's config of the refiner, or None.
+      class_names: name of each label.
+      guidance: default mode, the one the refiner was trained for: "none", "official" or "paired".
+      guidance_scale: default scale.
+      guided_channels: what the official mode guides; None for all channels.
+      source: where the weights of each network came from, by name.
+      files_sha256: over files and hyper-parameters of each network, by name; checked before they
+        are read.
+      vae: config of the autoencoder behind the latents; None where the latents are pixels.
+    """
+
+    family: str
+    predictor: Any
+    refiner: Any | None
+    class_names: tuple[str, ...]
+    guidance: str
+    guidance_scale: float
+    guided_channels: int | None
+    source: Mapping[str, Any]
+    files_sha256: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    vae: VAEConfig | None = None
+
+    def __post_init__(self):
+        if self.guidance not in MODES:
+            raise InputError(f"guidance is {self.guidance!r}; it must be one of {', '.join(MODES)}")
+        if self.guidance != "none" and self.predictor.null_label is None:
+            raise InputError(f"guidance is {self.guidance!r}, but the predictor has no null class")
+        scale, channels = self.guidance_scale, self.guided_channels
+        if (
+            not isinstance(scale, int | float)
+            or isinstance(scale, bool)
+            or not math.isfinite(scale)
+        ):
+            raise InputError(f"guidance_scale is {scale!r}; it must be a finite number")
+        known = range(1, self.predictor.shape[-1] + 1)
+        if channels is not None and (type(channels) is not int or channels not in known):
+            raise InputError(
+                f"guided_channels is {channels!r}; it must be null or 1 to {known.stop - 1}"
+            )
+        if self.refiner is not None:
+            self.predictor.check_refiner(self.refiner)
+        if len(self.class_names) != self.predictor.num_classes:
+            raise InputError(
+                f"{len(self.class_names)} class names for {self.predictor.num_classes} classes"
+            )
+        if self.vae is not None and self.vae.latent_channels != self.predictor.shape[-1]:
+            raise InputError(
+                f"the VAE has {self.vae.latent_channels} latent channels, the predictor moves "
+                f"{self.predictor.shape[-1]}; they are of different models"
+            )
+
+    @property
+    def networks(self) -> dict[str, Any]:
+        """The config of each network there is, by its name: predictor, refiner, vae."""
+        named = {"predictor": self.predictor, "refiner": self.refiner, "vae": self.vae}
+        return {name: config for name, config in named.items() if config is not None}
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """Shape [H, W, C] of the images."""
+        height, width, channels = self.predictor.shape
+        if self.vae is None:
+            return (height, width, channels)
+        factor = self.vae.downsampling
+        return (height * factor, width * factor, self.vae.out_channels)
+
+    def to_json(self) -> str:
+        """The text of model.json."""
+        fields = {"format": FORMAT, **dataclasses.asdict(self)}
+        return json.dumps(fields, indent=1) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str) -> "Description":
+        """Reads the text of model.json.
+
+        Raises:
+          InputError: it is not JSON, of another format, or a key is missing, unknown or wrong.
+        """
+        try:
+            fields = dict(json.loads(text))
+        except (ValueError, TypeError) as error:
+            raise InputError(f"model.json is not JSON ({error})") from error
+        if fields.pop("format", None) != FORMAT:
+            raise InputError(f"model.json is not of format {FORMAT}; convert or train it anew")
+        names = {field.name for field in dataclasses.fields(cls)}
+        fields.setdefault("vae", None)  # written before there was one
+        missing, unknown = sorted(names - fields.keys()), sorted(fields.keys() - names)
+        if missing or unknown:
+            raise InputError(f"model.json has the wrong keys: missing {missing}, unknown {unknown}")
+        flow = family(str(fields["family"])).config
+        for network, config in (("predictor", flow), ("refiner", flow), ("vae", VAEConfig)):
+            if network != "predictor" and fields[network] is None:
+                continue
+            try:
+                stored = dict(fields[network])
+                fields[network] = config(
+                    **{k: tuple(v) if isinstance(v, list) else v for k, v in stored.items()}
+                )
+            except (TypeError, ValueError) as error:
+                raise InputError(f"model.json, {network}: {error}") from error
+        classes = fields["class_names"]
+        if not isinstance(classes, list) or not all(isinstance(name, str) for name in classes):
+            raise InputError("model.json: class_names must be a list of names")
+        for key in ("source", "files_sha256"):
+            if not isinstance(fields[key], dict):
+                raise InputError(f"model.json: {key} must be an object")
+        return cls(**{**fields, "class_names": tuple(classes)})

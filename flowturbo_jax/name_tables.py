@@ -1,0 +1,104 @@
+"""Official names of every network's tensors, beside ours: one table per kind of network."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from flowturbo_jax.models import SiTConfig, VAEConfig
+
+
+class Entry(NamedTuple):
+    """One row of a name table.
+
+    Attributes:
+      official: name in the state dict; `{}` stands for the number of a block.
+      ours: path in the parameters, joined by "/"; blocks are stacked on a first axis.
+      layout: "same", "linear" (transposed), "conv" (channels last) or "patch" (a convolution whose
+        kernel is its stride, as a linear map of a patch).
+    """
+
+    official: str
+    ours: str
+    layout: str = "same"
+
+
+def _layer(official: str, ours: str, layout: str) -> list[Entry]:
+    return [
+        Entry(f"{official}.weight", f"{ours}/kernel", layout),
+        Entry(f"{official}.bias", f"{ours}/bias"),
+    ]
+
+
+def _norm(official: str, ours: str) -> list[Entry]:
+    return [
+        Entry(f"{official}.weight", f"{ours}/scale"),
+        Entry(f"{official}.bias", f"{ours}/bias"),
+    ]
+
+
+def sit(config: SiTConfig) -> list[Entry]:
+    """SiT and its refiner. Source: SiT models.py, FlowTurbo models_assemble.py."""
+    labels = [Entry("y_embedder.embedding_table.weight", "label_embedding/embedding")]
+    return [
+        *_layer("x_embedder.proj", "patch_embedding", "patch"),
+        *_layer("t_embedder.mlp.0", "time_embedding/up", "linear"),
+        *_layer("t_embedder.mlp.2", "time_embedding/down", "linear"),
+        *(labels if config.num_classes else []),
+        Entry("pos_embed", "position_table"),
+        *_layer("blocks.{}.attn.qkv", "blocks/attention/qkv", "linear"),
+        *_layer("blocks.{}.attn.proj", "blocks/attention/out", "linear"),
+        *_layer("blocks.{}.mlp.fc1", "blocks/mlp/up", "linear"),
+        *_layer("blocks.{}.mlp.fc2", "blocks/mlp/down", "linear"),
+        *_layer("blocks.{}.adaLN_modulation.1", "blocks/modulation", "linear"),
+        *_layer("final_layer.adaLN_modulation.1", "final/modulation", "linear"),
+        *_layer("final_layer.linear", "final/linear", "linear"),
+    ]
+
+
+def vae(config: VAEConfig) -> list[Entry]:
+    """The autoencoder. Source: diffusers autoencoder_kl.py, vae.py, unet_2d_blocks.py."""
+    widths = config.block_out_channels
+    last = len(widths) - 1
+    entries = _layer("encoder.conv_in", "encoder/conv_in", "conv")
+    entries += _layer("decoder.conv_in", "decoder/conv_in", "conv")
+    for level, width in enumerate(widths):
+        official, ours = f"encoder.down_blocks.{level}", f"encoder/down_{level}"
+        for layer in range(config.layers_per_block):
+            grows = layer == 0 and width != widths[max(level - 1, 0)]
+            entries += _residual(f"{official}.resnets.{layer}", f"{ours}_resnet_{layer}", grows)
+        if level < last:
+            entries += _layer(f"{official}.downsamplers.0.conv", f"{ours}_downsample", "conv")
+    for level, width in enumerate(widths[::-1]):
+        official, ours = f"decoder.up_blocks.{level}", f"decoder/up_{level}"
+        for layer in range(config.layers_per_block + 1):
+            shrinks = layer == 0 and width != widths[::-1][max(level - 1, 0)]
+            entries += _residual(f"{official}.resnets.{layer}", f"{ours}_resnet_{layer}", shrinks)
+        if level < last:
+            entries += _layer(f"{official}.upsamplers.0.conv", f"{ours}_upsample", "conv")
+    for half in ("encoder", "decoder"):
+        entries += _residual(f"{half}.mid_block.resnets.0", f"{half}/mid/resnet_0", False)
+        entries += _residual(f"{half}.mid_block.resnets.1", f"{half}/mid/resnet_1", False)
+        if config.mid_block_add_attention:
+            official, ours = f"{half}.mid_block.attentions.0", f"{half}/mid/attention"
+            entries += _norm(f"{official}.group_norm", f"{ours}/norm")
+            for theirs, name in (("q", "query"), ("k", "key"), ("v", "value"), ("out.0", "out")):
+                entries += _layer(f"{official}.to_{theirs}", f"{ours}/{name}", "linear")
+        entries += _norm(f"{half}.conv_norm_out", f"{half}/norm_out")
+        entries += _layer(f"{half}.conv_out", f"{half}/conv_out", "conv")
+    if config.use_quant_conv:
+        entries += _layer("quant_conv", "encoder/quant", "conv")
+    if config.use_post_quant_conv:
+        entries += _layer("post_quant_conv", "decoder/post_quant", "conv")
+    return entries
+
+
+def _residual(official: str, ours: str, shortcut: bool) -> list[Entry]:
+    entries = []
+    for part in ("1", "2"):
+        entries += _norm(f"{official}.norm{part}", f"{ours}/norm{part}")
+        entries += _layer(f"{official}.conv{part}", f"{ours}/conv{part}", "conv")
+    if shortcut:
+        entries += _layer(f"{official}.conv_shortcut", f"{ours}/shortcut", "conv")
+    return entries
+
+
+NAME_TABLES: dict[str, Callable[[Any], list[Entry]]] = {"sit": sit, "vae": vae}

@@ -1,0 +1,327 @@
+"""From published files to a model directory and back: read, check, name, write."""
+
+import dataclasses
+import functools
+import os
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+from safetensors.numpy import save_file
+
+from flowturbo_jax import architecture, class_names, convert, hub, model_directory, path
+from flowturbo_jax.interfaces import InputError, Params
+from flowturbo_jax.model_description import Description
+from flowturbo_jax.models import SiTConfig, VAEConfig
+from flowturbo_jax.weights.files import Weights, open_folder, open_weights, sha256_of
+from flowturbo_jax.weights.tensor import Tensor
+
+OFFICIAL_CHANNELS = 3  # FlowTurbo models_assemble.py, forward_with_cfg: of 4 latent channels
+PAPER_SCALE = 1.5  # the FID tables
+STABLE_DIFFUSION_FACTOR = 8  # image pixels per latent pixel, where no VAE says otherwise
+# A velocity toward data has a cosine near -1 with the noise it starts from, predicted noise near 1.
+NOISE_COSINE = 0.5
+
+
+@dataclasses.dataclass(frozen=True)
+class Sources:
+    """What to convert. References are local paths, or `hf://owner/name/file`.
+
+    Attributes:
+      predictor: weights of a SiT.
+      refiner: weights of its refiner, or None.
+      vae: folder of a diffusers AutoencoderKL, or None.
+      which: of a training checkpoint, "ema" or "model".
+      predictor_config: JSON file of hyper-parameters that shapes do not tell, or None.
+      refiner_config: likewise of the refiner.
+      size: the published size the predictor must have, such as "SiT-XL/2", or None.
+      image_size: the side its images must have, in pixels, or None.
+      sha256: expected of a network's weights file, by the network's name.
+      class_names: file with one name per line, or None: ImageNet's for 1000 classes.
+      guidance: default mode of the model; None for what the weights are known to want.
+      guidance_scale: default scale of the model; likewise.
+      guided_channels: what the official mode guides; likewise.
+      check_direction: evaluate the predictor once, to refuse weights that predict noise.
+    """
+
+    predictor: str
+    refiner: str | None = None
+    vae: str | None = None
+    which: str = "ema"
+    predictor_config: str | None = None
+    refiner_config: str | None = None
+    size: str | None = None
+    image_size: int | None = None
+    sha256: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    class_names: str | None = None
+    guidance: str | None = None
+    guidance_scale: float | None = None
+    guided_channels: int | None = None
+    check_direction: bool = True
+
+
+class _Read(NamedTuple):
+    """One network's file, opened and understood; its tensors are still on disk."""
+
+    config: Any
+    state: Mapping[str, Tensor]
+    source: dict[str, Any]
+
+
+def convert_model(
+    sources: Sources, out: str | Path, force: bool = False, report: Callable[[str], Any] = str
+) -> Description:
+    """Writes a model directory of published weights, whole or not at all.
+
+    Args:
+      sources: what to convert.
+      out: the model directory.
+      force: replace a model directory that stands there.
+      report: told in a line each what was found.
+
+    Returns:
+      What model.json says.
+
+    Raises:
+      InputError: a file is missing, damaged, hostile, or of another model; or `out` is taken.
+    """
+    out = Path(out)
+    if out.exists() and not force:
+        raise InputError(f"{out} exists; choose another --out, or replace it with --force")
+    if out.exists() and not (out / "model.json").is_file():
+        raise InputError(f"{out} exists and is no model directory; choose another --out")
+    networks = _read_all(sources, report)
+    description = _describe(sources, networks)
+    modules, params = model_directory.modules(description), {}
+    for name, network in networks.items():
+        kind = "vae" if name == "vae" else description.family
+        try:
+            params[name] = convert.params_from_state(
+                kind, network.config, network.state, np.float32
+            )
+        except InputError as error:
+            raise InputError(f"{name}: {error}") from error
+        if name == "predictor" and sources.check_direction:
+            _check_direction(modules[name], params[name], network.config)
+    model_directory.save(
+        out, description, params["predictor"], params.get("refiner"), params.get("vae")
+    )
+    return model_directory.describe(out)
+
+
+def export(
+    model_dir: str | Path, network: str, out: str | Path, force: bool = False
+) -> dict[str, np.ndarray]:
+    """Writes one network of a model directory as safetensors, under the official names.
+
+    Args:
+      model_dir: model directory, or the name of a shipped model.
+      network: "predictor", "refiner" or "vae".
+      out: the file, ending in .safetensors; parents are made.
+      force: replace a file that stands there.
+
+    Returns:
+      The state dict written.
+
+    Raises:
+      InputError: there is no such network, or `out` is taken or cannot be written.
+    """
+    out, model = Path(out), model_directory.load(model_dir)
+    config = model.description.networks.get(network)
+    if config is None:
+        known = ", ".join(model.description.networks)
+        raise InputError(f"{model_dir} has no {network}; it has {known}")
+    if out.suffix != ".safetensors":
+        raise InputError(f"--out is {out.name!r}; an exported file ends in .safetensors")
+    if out.exists() and not force:
+        raise InputError(f"{out} exists; choose another --out, or replace it with --force")
+    kind = "vae" if network == "vae" else model.description.family
+    state = convert.state_from_params(kind, config, getattr(model, f"{network}_params"))
+    draft = out.with_name(f".{out.name}.{os.getpid()}.tmp")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        save_file(state, draft, metadata={"format": "pt"})
+        os.replace(draft, out)
+    except OSError as error:
+        raise InputError(f"cannot write {out}: {error}; choose another --out") from error
+    finally:
+        draft.unlink(missing_ok=True)
+    return state
+
+
+def _check_direction(module: nn.Module, params: Params, config: SiTConfig) -> None:
+    """Refuses a predictor whose output at t = 0 points toward the noise instead of away from it.
+
+    Random weights point nowhere and pass.
+
+    Raises:
+      InputError: it does, as DiT's and other noise-predicting weights do.
+    """
+    arrays = jax.tree.map(jnp.asarray, params)
+    cosine = float(_noise_cosine(arrays, module=module, config=config))
+    for array in jax.tree.leaves(arrays):  # now, so that the copy is gone before the next one
+        array.delete()
+    if cosine > NOISE_COSINE:
+        raise InputError(
+            f"at t = 0 the predictor's output points toward the noise (cosine {cosine:.2f}), where "
+            "a velocity points to the data: these are weights of a noise-predicting model such as "
+            'DiT, or of a reversed clock (then give a config with {"reversed_time": true})'
+        )
+
+
+@functools.partial(jax.jit, static_argnames=("module", "config"))
+def _noise_cosine(params: Params, *, module: nn.Module, config: SiTConfig) -> jax.Array:
+    noise = path.sample_noise(jnp.zeros(1, jnp.uint32), jnp.zeros(1, jnp.uint32), config.shape)
+    label = config.null_label if config.null_label is not None else 0
+    labels = jnp.full(1, label, jnp.int32) if config.num_classes else None
+    out = module.apply({"params": params}, noise, jnp.zeros(()), labels)
+    return jnp.vdot(out, noise) / (jnp.linalg.norm(out) * jnp.linalg.norm(noise) + 1e-12)
+
+
+def _read_all(sources: Sources, report: Callable[[str], Any]) -> dict[str, _Read]:
+    """Opens and understands every file; whatever can be wrong with shapes is found here."""
+    networks = {"predictor": _read_sit(sources, "predictor", report)}
+    predictor = networks["predictor"].config
+    if sources.size is not None:
+        wanted = SiTConfig.named(sources.size, **_size_free(predictor))
+        if (wanted.size_name, wanted.patch_size) != (predictor.size_name, predictor.patch_size):
+            found = predictor.size_name or (
+                f"{predictor.depth} blocks of width {predictor.hidden_size} on patches of "
+                f"{predictor.patch_size}"
+            )
+            raise InputError(f"the predictor is {found}, not {sources.size}")
+    if sources.refiner is not None:
+        networks["refiner"] = _read_sit(sources, "refiner", report)
+        predictor.check_refiner(networks["refiner"].config)
+    if sources.vae is not None:
+        networks["vae"] = _read_vae(sources, report)
+    if sources.image_size is not None:
+        _check_image_size(sources.image_size, predictor, networks.get("vae"))
+    return networks
+
+
+def _size_free(config: SiTConfig) -> dict[str, Any]:
+    """The fields of a config that a size name does not set."""
+    fixed = ("patch_size", "depth", "hidden_size", "num_heads")
+    fields = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
+    return {name: value for name, value in fields.items() if name not in fixed}
+
+
+def _check_image_size(size: int, predictor: SiTConfig, vae: _Read | None) -> None:
+    factor = STABLE_DIFFUSION_FACTOR if vae is None else vae.config.downsampling
+    step = factor * predictor.patch_size
+    if size < 1 or size % step:
+        raise InputError(
+            f"--image-size {size} is not divisible by {step}: the VAE's {factor} times the patch "
+            f"size {predictor.patch_size}"
+        )
+    if size != predictor.input_size * factor:
+        raise InputError(
+            f"the predictor is for {predictor.input_size * factor} pixel images, not {size}"
+        )
+
+
+def _read_sit(sources: Sources, role: str, report: Callable[[str], Any]) -> _Read:
+    reference, config_file = getattr(sources, role), getattr(sources, f"{role}_config")
+    try:
+        file = hub.fetch(reference)
+        digest = _verified(file, sources.sha256.get(role))
+        weights = open_weights(file, sources.which)
+        _check_objective(file, weights)
+        state, dropped = convert.with_known_names("sit", weights.tensors)
+        given = {} if config_file is None else architecture.read_config(config_file)
+        config = architecture.sit_config(
+            state, given, refiner=role == "refiner", reversed_time=bool(dropped)
+        )
+    except InputError as error:
+        raise InputError(f"{role}: {error}") from error
+    part = f", its {weights.origin!r}" if weights.origin else ""
+    report(f"{role}: {_name(config)} from {file.name}{part}")
+    if dropped:
+        report(
+            f"{role}: trained by REPA, with a reversed clock; left out, since only training uses "
+            f"them: {', '.join(dropped)}"
+        )
+    source = {"file": file.name, "sha256": digest, "weights": weights.origin, "dropped": dropped}
+    return _Read(config, state, source)
+
+
+def _read_vae(sources: Sources, report: Callable[[str], Any]) -> _Read:
+    try:
+        folder = hub.fetch_folder(sources.vae)
+        given, weights = open_folder(folder, sources.which, part="vae")
+        digest = _verified(weights.path, sources.sha256.get("vae"))
+        config = architecture.vae_config(given)
+        state, _ = convert.with_known_names("vae", weights.tensors)
+    except InputError as error:
+        raise InputError(f"vae: {error}") from error
+    report(f"vae: {config.downsampling} x smaller latents from {weights.path.name}")
+    return _Read(config, state, {"file": weights.path.name, "sha256": digest})
+
+
+def _verified(file: Path, expected: str | None) -> str:
+    """The file's sha256, after comparing it with the expected one."""
+    if expected is not None:
+        hub.check_sha256(file, expected)
+        return expected.lower()
+    return sha256_of(file)
+
+
+def _check_objective(file: Path, weights: Weights) -> None:
+    """Refuses weights that say themselves that they predict something else than our velocity."""
+    said = {
+        key: str(weights.arguments.get(key, "")) for key in ("model", "prediction", "path_type")
+    }
+    if re.match(r"DiT\b", said["model"]) or re.match(r"DiT-", file.name):
+        raise InputError(f"{file.name} holds a DiT, which predicts noise; a velocity is needed")
+    if said["prediction"] not in ("", "velocity", "v"):
+        raise InputError(f"{file.name} was trained to predict {said['prediction']}, not velocity")
+    if said["path_type"].lower() not in ("", "linear"):
+        raise InputError(
+            f"{file.name} was trained on the path {said['path_type']!r}; only the linear one, "
+            "x = (1 - t) noise + t data, is sampled here"
+        )
+
+
+def _describe(sources: Sources, networks: Mapping[str, _Read]) -> Description:
+    predictor: SiTConfig = networks["predictor"].config
+    vae: VAEConfig | None = networks["vae"].config if "vae" in networks else None
+    can_guide = predictor.null_label is not None
+    official = can_guide and not predictor.reversed_time
+    guidance = sources.guidance or ("official" if official else "paired" if can_guide else "none")
+    scale = sources.guidance_scale
+    if scale is None:
+        scale = PAPER_SCALE if can_guide else 1.0
+    channels = sources.guided_channels
+    if channels is None and guidance == "official" and predictor.in_channels > OFFICIAL_CHANNELS:
+        channels = OFFICIAL_CHANNELS
+    return Description(
+        family="sit",
+        predictor=predictor,
+        refiner=networks["refiner"].config if "refiner" in networks else None,
+        class_names=_class_names(sources, predictor.num_classes),
+        guidance=guidance,
+        guidance_scale=scale,
+        guided_channels=channels,
+        source={name: network.source for name, network in networks.items()},
+        vae=vae,
+    )
+
+
+def _class_names(sources: Sources, count: int) -> tuple[str, ...]:
+    if sources.class_names is not None:
+        return class_names.read_class_names(sources.class_names, count)
+    if count == architecture.IMAGENET_CLASSES:
+        return class_names.imagenet_class_names()
+    return tuple(f"class {label}" for label in range(count))
+
+
+def _name(config: SiTConfig) -> str:
+    side = config.input_size
+    size = config.size_name or f"SiT of width {config.hidden_size}"
+    return f"{size}, {config.depth} blocks, {side} x {side} x {config.in_channels} latents"

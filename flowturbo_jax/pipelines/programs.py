@@ -1,0 +1,146 @@
+"""The compiled programs of a model: noise, guidance, sampler and decoder as one of them.
+
+Parameters are arguments. What selects a program is static: the networks, the schedule, the guidance
+mode and the shapes.
+"""
+
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from flowturbo_jax import guidance as guide
+from flowturbo_jax import images, path, sampler
+from flowturbo_jax.interfaces import Flow, ImageBytes, Labels, Latents
+from flowturbo_jax.model_directory import Model
+from flowturbo_jax.models.tiles import tiled
+from flowturbo_jax.models.vae import Moments
+from flowturbo_jax.schedule import Schedule
+
+TILE = 64  # latent pixels: 512 image pixels by the Stable Diffusion VAE
+OVERLAP = 16
+
+
+class Networks:
+    """The static part of a model, equal and hashed by what the programs depend on."""
+
+    def __init__(self, model: Model):
+        self.predictor, self.refiner, self.vae = model.predictor, model.refiner, model.vae
+        self.config = model.description.predictor
+        self.guided_channels = model.description.guided_channels
+        self._key = (
+            self.predictor,
+            self.refiner,
+            self.vae,
+            self.config,
+            self.guided_channels,
+        )
+
+    def __hash__(self) -> int:
+        return hash(self._key)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Networks) and self._key == other._key
+
+
+def make_flow(networks: Any, params: Any, labels: Labels, scale: jax.Array, guidance: str) -> Flow:
+    """The flow of a model's networks under labels.
+
+    Args:
+      networks: has `predictor`, `refiner` (or None), `config` and `guided_channels`.
+      params: parameters of both, `(predictor, refiner)`.
+      labels: `[B]` int32.
+      scale: guidance scale `[]` float32.
+      guidance: "none", "official" or "paired".
+    """
+    predictor_params, refiner_params = params
+
+    def predictor(x, t, condition):
+        return networks.predictor.apply({"params": predictor_params}, x, t, condition)
+
+    def refiner(x, v, t, condition):
+        return networks.refiner.apply({"params": refiner_params}, x, v, t, condition)
+
+    refiner = refiner if networks.refiner is not None else None
+    if not networks.config.num_classes:
+        return guide.unguided(predictor, refiner, None)
+    if guidance == "none":
+        return guide.unguided(predictor, refiner, labels)
+    null = jnp.full_like(labels, networks.config.null_label)
+    if guidance == "paired":
+        return guide.paired(predictor, refiner, labels, null, scale)
+    return guide.official(predictor, refiner, labels, null, scale, networks.guided_channels)
+
+
+@partial(jax.jit, static_argnames=("networks", "schedule", "guidance"))
+def sample_latents(
+    params: Any,
+    noise: Latents,
+    labels: Labels,
+    scale: jax.Array,
+    *,
+    networks: Networks,
+    schedule: Schedule,
+    guidance: str,
+) -> Latents:
+    """Latents `[B, H, W, C]` from noise of that shape."""
+    flow = make_flow(networks, params, labels, scale, guidance)
+    return sampler.sample(flow, noise, schedule)
+
+
+@partial(jax.jit, static_argnames=("networks", "schedule", "guidance"))
+def sample_images(
+    params: Any,
+    decoder_params: Any,
+    seeds: jax.Array,
+    indices: jax.Array,
+    labels: Labels,
+    scale: jax.Array,
+    *,
+    networks: Networks,
+    schedule: Schedule,
+    guidance: str,
+) -> ImageBytes:
+    """Images `[B, H, W, C]` uint8 from `(seed, index)` of each."""
+    noise = path.sample_noise(seeds, indices, networks.config.shape)
+    flow = make_flow(networks, params, labels, scale, guidance)
+    return _decode(networks, decoder_params, sampler.sample(flow, noise, schedule))
+
+
+@partial(jax.jit, static_argnames=("networks",))
+def decode(decoder_params: Any, latents: Latents, *, networks: Networks) -> ImageBytes:
+    """Images `[B, H f, W f, C]` uint8 of latents; the latents' own pixels without a VAE."""
+    return _decode(networks, decoder_params, latents)
+
+
+@partial(jax.jit, static_argnames=("networks",))
+def encode(
+    encoder_params: Any, pixels: ImageBytes, noise: Latents | None, *, networks: Networks
+) -> Latents:
+    """Latents `[B, H, W, C]` of images: their mean, or with noise of that shape a draw."""
+    x = images.from_uint8(pixels)
+    if networks.vae is None:
+        return x
+
+    def moments(x: jax.Array) -> jax.Array:
+        return jnp.concatenate(
+            networks.vae.apply({"params": encoder_params}, x, method="encode"), axis=-1
+        )
+
+    config = networks.vae.config
+    mean, logvar = jnp.split(tiled(moments, x, TILE, OVERLAP, (config.downsampling, 1)), 2, -1)
+    found = Moments(mean, logvar)
+    return config.scale(found.mode() if noise is None else found.sample(noise))
+
+
+def _decode(networks: Networks, decoder_params: Any, latents: Latents) -> ImageBytes:
+    if networks.vae is None:
+        return images.to_uint8(latents)
+
+    def decoded(z: jax.Array) -> jax.Array:
+        return networks.vae.apply({"params": decoder_params}, z, method="decode")
+
+    config = networks.vae.config
+    z = config.unscale(latents)
+    return images.to_uint8(tiled(decoded, z, TILE, OVERLAP, (1, config.downsampling)))

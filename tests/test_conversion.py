@@ -1,0 +1,399 @@
+"""Published files to a model directory: golden weights convert, sample and go back."""
+
+import json
+import shutil
+from functools import partial
+
+import golden
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from einops import rearrange
+from safetensors.numpy import load_file, save_file
+
+from flowturbo_jax import ClassToImage, convert, model_directory
+from flowturbo_jax.interfaces import InputError
+from flowturbo_jax.models import SiT, SiTConfig
+from flowturbo_jax.pipelines import conversion
+from flowturbo_jax.pipelines.conversion import Sources, convert_model
+
+FILES = golden.FOLDER
+
+
+def sources(tmp_path, **fields) -> Sources:
+    """The golden predictor, refiner and VAE, whose widths no published size has."""
+    config = tmp_path / "heads.json"
+    config.write_text('{"num_heads": 4}')
+    defaults = {
+        "predictor": str(FILES / "sit/sit.safetensors"),
+        "refiner": str(FILES / "refiner/refiner.safetensors"),
+        "vae": str(FILES / "vae/tiny"),
+        "predictor_config": str(config),
+        "refiner_config": str(config),
+    }
+    return Sources(**{**defaults, **fields})
+
+
+@pytest.fixture(scope="module")
+def converted(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("converted")
+    convert_model(sources(folder), folder / "model")
+    return folder / "model"
+
+
+@pytest.fixture(scope="module")
+def pipe(converted):
+    return ClassToImage.load(converted)
+
+
+@pytest.mark.parametrize("scale", ["1.5", "4.0"])
+def test_the_published_files_give_the_published_images(pipe, scale):
+    """FlowTurboAssemble's own pictures, from its noise, through its VAE."""
+    stored = golden.arrays(f"sampling/H1P2R1_cfg{scale}")
+    labels = np.asarray(stored["y"][:2])
+    latents = pipe.sample_latents(
+        jnp.asarray(stored["z"]), labels, schedule="H1P2R1", guidance_scale=float(scale)
+    )
+    assert golden.deviation(latents, stored["x_final"][:2]) < golden.SAMPLES
+    vae, params = pipe.model.vae, pipe.model.vae_params
+    decode = jax.jit(partial(vae.apply, method="decode"))
+    pictures = decode({"params": params}, vae.config.unscale(latents))
+    wanted = rearrange(stored["img"], "b c h w -> b h w c")
+    # The VAE multiplies the latents' deviation by its slope, about 1 for these weights.
+    assert golden.deviation(pictures, wanted) < golden.SAMPLES
+    bytes_ = np.clip(np.round((wanted + 1) * 127.5), 0, 255)
+    assert golden.deviation(pipe.decode(latents), bytes_) <= 1  # a value may lie on the edge
+
+
+def test_images_are_decoded_latents_of_the_same_noise(pipe):
+    noise = conversion.path.sample_noise(
+        jnp.full(3, 7, jnp.uint32), jnp.arange(3, dtype=jnp.uint32), (8, 8, 4)
+    )
+    latents = pipe.sample_latents(noise, [1, 2, 3], schedule="H1P1R1")
+    images = pipe([1, 2, 3], seeds=7, schedule="H1P1R1")
+    assert images.shape == (3, 16, 16, 3)
+    assert images.dtype == jnp.uint8
+    assert golden.deviation(images, pipe.decode(latents)) <= 1
+
+
+def test_what_is_known_of_the_weights_becomes_the_default(converted):
+    description = model_directory.describe(converted)
+    assert description.predictor == golden.SIT
+    assert description.refiner == golden.REFINER
+    assert (description.guidance, description.guided_channels) == ("official", 3)
+    assert description.vae.scaling_factor == 0.18215
+    assert description.image_shape == (16, 16, 3)
+    source = description.source["predictor"]
+    assert source["file"] == "sit.safetensors"
+    assert source["sha256"] == conversion.sha256_of(FILES / "sit/sit.safetensors")
+
+
+def test_encoding_gives_scaled_latents_of_the_mode_or_of_a_draw(pipe):
+    images = pipe([1, 2], schedule="H1")
+    mode, draw, again = pipe.encode(images), pipe.encode(images, seed=1), pipe.encode(images, 1)
+    assert mode.shape == draw.shape == (2, 8, 8, 4)
+    np.testing.assert_array_equal(draw, again)
+    assert golden.deviation(mode, draw) > 1e-3
+    x = jnp.asarray(images, jnp.float32) / 127.5 - 1
+    moments = pipe.model.vae.apply({"params": pipe.model.vae_params}, x, method="encode")
+    np.testing.assert_allclose(mode, moments.mean * 0.18215, atol=1e-5)
+
+
+def test_exported_files_hold_the_published_bits(converted, tmp_path):
+    for network, file in (("predictor", "sit/sit"), ("refiner", "refiner/refiner")):
+        out = tmp_path / "new" / f"{network}.safetensors"
+        conversion.export(converted, network, out)
+        ours, theirs = load_file(out), golden.weights(file)
+        assert set(ours) == set(theirs)
+        for name, array in theirs.items():
+            assert array.dtype == ours[name].dtype
+            np.testing.assert_array_equal(ours[name], array, err_msg=name)
+    conversion.export(converted, "vae", tmp_path / "vae.safetensors")
+    state, _ = convert.with_known_names("vae", load_file(tmp_path / "vae.safetensors"))
+    assert set(state) == set(load_file(FILES / "vae/tiny/diffusion_pytorch_model.safetensors"))
+
+
+@pytest.mark.parametrize(("which", "expected"), [("ema", "out_ema"), ("model", "out_model")])
+def test_a_training_file_gives_its_moving_average_unless_asked(tmp_path, which, expected):
+    config = tmp_path / "config.json"
+    config.write_text((golden.FOLDER / "sit" / "config_micro.json").read_text())
+    described = convert_model(
+        Sources(str(FILES / "sit/sit_micro_train.pt"), which=which, predictor_config=str(config)),
+        tmp_path / "model",
+    )
+    assert described.source["predictor"]["weights"] == which
+    stored = golden.arrays("sit/sit_micro_train_forward")
+    model = model_directory.load(tmp_path / "model")
+    out = golden.apply(
+        model.predictor, model.predictor_params, stored["x"], stored["t"], stored["y"]
+    )
+    assert golden.deviation(out, stored[expected]) < golden.FORWARD
+
+
+def test_a_refiner_training_file_gives_its_moving_average(tmp_path):
+    given = sources(tmp_path, refiner=str(FILES / "refiner/refiner_train.pt"))
+    convert_model(given, tmp_path / "model")
+    stored = golden.arrays("refiner/refiner_forward")
+    model = model_directory.load(tmp_path / "model")
+    x, v, t, y = (stored[key] for key in "xvty")
+    out = golden.apply(model.refiner, model.refiner_params, x, v, t, y)
+    assert golden.deviation(out, stored["out_ema"]) < golden.FORWARD
+
+
+def test_a_hostile_file_is_refused_and_leaves_nothing(tmp_path):
+    given = sources(tmp_path, predictor=str(FILES / "edge/malicious_args.pt"))
+    with pytest.raises(InputError, match=r"predictor: .*posix\.system"):
+        convert_model(given, tmp_path / "model")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["heads.json"]
+
+
+def test_repa_weights_lose_their_projectors_by_name_and_keep_our_clock(tmp_path):
+    state = golden.weights("sit/sit_micro")
+    extra = {
+        "projectors.0.0.weight": np.zeros((4, 24), np.float32),
+        "projectors.0.0.bias": np.zeros(4, np.float32),
+    }
+    save_file({**state, **extra}, tmp_path / "repa.safetensors")
+    (tmp_path / "c.json").write_text('{"num_heads": 2}')
+    said = []
+    described = convert_model(
+        Sources(str(tmp_path / "repa.safetensors"), predictor_config=str(tmp_path / "c.json")),
+        tmp_path / "model",
+        report=said.append,
+    )
+    assert any(all(name in line for name in extra) for line in said)
+    assert set(described.source["predictor"]["dropped"]) == set(extra)
+    assert described.predictor.reversed_time
+    assert described.guidance == "paired"
+    model = model_directory.load(tmp_path / "model")
+    stored = golden.arrays("sit/sit_micro_train_forward")
+    x, t, y = stored["x"], stored["t"], stored["y"]
+    ours = golden.apply(model.predictor, model.predictor_params, x, 1 - t, y)
+    theirs = golden.apply(SiT(golden.MICRO), model.predictor_params, x, t, y)
+    assert golden.deviation(ours, -theirs) < golden.FORWARD
+
+
+def test_blocks_that_repa_kept_apart_are_put_together():
+    state = golden.weights("sit/sit_micro")
+    legacy = {
+        name.replace("blocks.1.", "decoder_blocks.0."): array for name, array in state.items()
+    }
+    renamed, dropped = convert.with_known_names("sit", legacy)
+    assert not dropped
+    assert set(renamed) == set(state)
+    np.testing.assert_array_equal(
+        renamed["blocks.1.mlp.fc1.weight"], state["blocks.1.mlp.fc1.weight"]
+    )
+
+
+def linear_model(sign: float) -> dict[str, np.ndarray]:
+    """A SiT whose output is about sign times its input: what predicts noise, or a velocity."""
+    config = SiTConfig(
+        input_size=4,
+        in_channels=4,
+        patch_size=2,
+        hidden_size=384,
+        depth=12,
+        num_heads=6,
+        num_classes=3,
+        learn_sigma=False,
+    )
+    params = jax.eval_shape(SiT(config).initialise, jax.random.key(0))
+    params = jax.tree.map(lambda a: np.zeros(a.shape, np.float32), params)
+    into = np.random.default_rng(0).normal(size=(16, 384)).astype(np.float32)
+    params["patch_embedding"]["kernel"] = into
+    params["final"]["linear"]["kernel"] = sign * np.linalg.pinv(into).astype(np.float32) * 4
+    return convert.state_from_params("sit", config, params)
+
+
+def test_weights_that_predict_noise_are_told_by_their_direction(tmp_path):
+    for name, sign in (("noise", 1.0), ("velocity", -1.0)):
+        save_file(linear_model(sign), tmp_path / f"{name}.safetensors")
+    with pytest.raises(InputError, match=r"points toward the noise \(cosine 0\.9"):
+        convert_model(Sources(str(tmp_path / "noise.safetensors")), tmp_path / "a")
+    convert_model(Sources(str(tmp_path / "velocity.safetensors")), tmp_path / "b")
+    convert_model(
+        Sources(str(tmp_path / "noise.safetensors"), check_direction=False), tmp_path / "c"
+    )
+    assert not (tmp_path / "a").exists()
+
+
+def test_the_shipped_predictor_points_away_from_the_noise():
+    model = model_directory.load("digits")
+    cosine = conversion._noise_cosine(
+        model.predictor_params, module=model.predictor, config=model.description.predictor
+    )
+    assert cosine < -0.8
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"model": "DiT-XL/2"}, "holds a DiT, which predicts noise"),
+        ({"prediction": "noise"}, "trained to predict noise, not velocity"),
+        ({"path_type": "GVP"}, "path 'GVP'; only the linear one"),
+    ],
+)
+def test_weights_that_say_they_are_no_velocity_are_refused(tmp_path, arguments, message):
+    weights = conversion.Weights({}, "ema", arguments, tmp_path / "w.pt")
+    with pytest.raises(InputError, match=message):
+        conversion._check_objective(tmp_path / "w.pt", weights)
+
+
+def test_a_file_named_as_dit_is_refused(tmp_path):
+    shutil.copy(FILES / "sit/sit.safetensors", tmp_path / "DiT-XL-2-256x256.safetensors")
+    given = sources(tmp_path, predictor=str(tmp_path / "DiT-XL-2-256x256.safetensors"))
+    with pytest.raises(InputError, match="holds a DiT"):
+        convert_model(given, tmp_path / "model")
+
+
+def state_file(tmp_path, config: SiTConfig, name: str) -> str:
+    params = jax.tree.map(
+        lambda leaf: np.full(leaf.shape, 0.01, np.float32),
+        jax.eval_shape(SiT(config).initialise, jax.random.key(0)),
+    )
+    path = tmp_path / f"{name}.safetensors"
+    save_file(convert.state_from_params("sit", config, params), path)
+    return str(path)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"predictor_config": None}, "attention heads is not known"),
+        ({"size": "SiT-XL/2"}, r"the predictor is 3 blocks of width 64 .* not SiT-XL/2"),
+        ({"size": "SiT-Q/2"}, "unknown SiT size 'SiT-Q/2'"),
+        ({"image_size": 99}, "--image-size 99 is not divisible by 4"),
+        ({"image_size": 32}, "the predictor is for 16 pixel images, not 32"),
+        ({"sha256": {"predictor": "0" * 64}}, "sha256"),
+        ({"refiner": str(FILES / "sit/sit.safetensors")}, r"refiner: .*take 4 channels and give 8"),
+        (
+            {"predictor": str(FILES / "refiner/refiner.safetensors"), "predictor_config": None},
+            "predictor: .*look like a refiner's",
+        ),
+        ({"predictor": "nowhere.pt"}, "predictor: .*nowhere.pt"),
+        ({"vae": str(FILES / "sit")}, "vae: .*/sit has no weights"),
+        ({"guidance": "strange"}, "guidance is 'strange'"),
+        ({"guided_channels": 9}, "guided_channels is 9"),
+    ],
+)
+def test_what_does_not_fit_is_refused_and_leaves_nothing(tmp_path, fields, message):
+    with pytest.raises(InputError, match=message):
+        convert_model(sources(tmp_path, **fields), tmp_path / "model")
+    assert not (tmp_path / "model").exists()
+    assert not list(tmp_path.glob(".model*"))
+
+
+def test_a_refiner_of_another_resolution_is_refused(tmp_path):
+    small = SiTConfig.named("SiT-S/2", input_size=8, in_channels=4, num_classes=3)
+    large = SiTConfig.named("SiT-S/2", input_size=16, in_channels=4, num_classes=3)
+    given = Sources(
+        state_file(tmp_path, small, "predictor"), state_file(tmp_path, large.refiner(), "refiner")
+    )
+    with pytest.raises(InputError, match=r"another model's shape.*\(16, 16, 4\).*\(8, 8, 4\)"):
+        convert_model(given, tmp_path / "model")
+
+
+def test_a_vae_of_other_latents_is_refused(tmp_path):
+    config = SiTConfig.named("SiT-S/2", input_size=8, in_channels=16, num_classes=3)
+    given = Sources(state_file(tmp_path, config, "p"), vae=str(FILES / "vae/tiny"))
+    with pytest.raises(InputError, match="VAE has 4 latent channels, the predictor moves 16"):
+        convert_model(given, tmp_path / "model")
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (
+            {"num_heads": 4, "depth": 5, "hidden_size": 32},
+            "depth is 5, the weights have 3; hidden_size is 32, the weights have 64",
+        ),
+        ({"num_heads": 3}, "hidden_size 64 is not divisible by 3"),
+        ({"heads": 4}, "unknown key 'heads'"),
+    ],
+)
+def test_a_config_that_does_not_fit_is_refused(tmp_path, config, message):
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps(config))
+    with pytest.raises(InputError, match=message):
+        convert_model(sources(tmp_path, predictor_config=str(file)), tmp_path / "model")
+
+
+@pytest.mark.parametrize("text", ["{", "[1]", "[" * 100_000])
+def test_a_config_that_is_no_object_is_refused(tmp_path, text):
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(InputError, match="config"):
+        convert_model(
+            sources(tmp_path, predictor_config=str(tmp_path / "config.json")), tmp_path / "model"
+        )
+
+
+def test_the_official_config_fits_as_it_is(tmp_path):
+    refiner = tmp_path / "refiner.json"
+    refiner.write_text(
+        json.dumps(
+            {
+                "in_channels": 4,
+                "in_channels_scale": 2,
+                "num_heads": 4,
+                "depth": 1,
+                "class_dropout_prob": 0.1,
+            }
+        )
+    )
+    given = sources(
+        tmp_path, predictor_config=str(FILES / "sit/config.json"), refiner_config=str(refiner)
+    )
+    assert convert_model(given, tmp_path / "model").refiner == golden.REFINER
+
+
+def test_weights_that_are_not_finite_are_refused(tmp_path):
+    state = golden.weights("sit/sit")
+    state["blocks.1.mlp.fc1.bias"][3] = np.nan
+    save_file(state, tmp_path / "w.safetensors")
+    with pytest.raises(InputError, match=r"blocks\.1\.mlp\.fc1\.bias holds values"):
+        convert_model(
+            sources(tmp_path, predictor=str(tmp_path / "w.safetensors")), tmp_path / "model"
+        )
+
+
+def test_a_directory_that_stands_is_replaced_only_when_asked(tmp_path):
+    given = sources(tmp_path, refiner=None, vae=None)
+    convert_model(given, tmp_path / "model")
+    first = (tmp_path / "model/model.json").read_text()
+    with pytest.raises(InputError, match="--force"):
+        convert_model(given, tmp_path / "model")
+    broken = sources(tmp_path, predictor="nowhere.pt")
+    with pytest.raises(InputError, match="nowhere"):
+        convert_model(broken, tmp_path / "model", force=True)
+    assert (tmp_path / "model/model.json").read_text() == first
+    convert_model(given, tmp_path / "model", force=True)
+    with pytest.raises(InputError, match="is no model directory"):
+        convert_model(given, tmp_path, force=True)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"network": "vae"}, "has no vae; it has predictor, refiner"),
+        ({"out": "weights.pt"}, r"ends in \.safetensors"),
+    ],
+)
+def test_an_export_that_cannot_be_is_refused(tmp_path, arguments, message):
+    given = {"network": "refiner", "out": "weights.safetensors", **arguments}
+    with pytest.raises(InputError, match=message):
+        conversion.export("digits", given["network"], tmp_path / given["out"])
+
+
+def test_an_export_replaces_a_file_only_when_asked(tmp_path):
+    out = tmp_path / "refiner.safetensors"
+    out.write_text("mine")
+    with pytest.raises(InputError, match="--force"):
+        conversion.export("digits", "refiner", out)
+    assert out.read_text() == "mine"
+    conversion.export("digits", "refiner", out, force=True)
+    state = load_file(out)
+    refiner = model_directory.load("digits")
+    back = convert.params_from_state("sit", refiner.description.refiner, state)
+    jax.tree.map(np.testing.assert_array_equal, back, refiner.refiner_params)
