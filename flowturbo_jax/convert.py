@@ -20,7 +20,6 @@ from flowturbo_jax.models import NETWORKS
 from flowturbo_jax.name_tables import NAME_TABLES, Entry
 from flowturbo_jax.weights.tensor import Tensor
 
-
 StateDict = Mapping[str, np.ndarray | Tensor]
 
 # Tensors that serve training only, and are left out by name.

@@ -68,9 +68,9 @@ def resolve(name: str | Path) -> Path:
         directory = SHIPPED / str(name)
     if not directory.is_dir():
         raise InputError(
-            f"no model directory at {str(name)!r}; give the path of one, or the name of a shipped "
-            f"model ({', '.join(shipped) or 'none here'}); python -m flowturbo_jax convert makes one "
-            "of published weights"
+            f"no model directory at {str(name)!r}; give the path of one, the name of a shipped "
+            f"model ({', '.join(shipped) or 'none here'}), or make one of published weights: "
+            "python -m flowturbo_jax convert --help"
         )
     if not (directory / "model.json").is_file():
         inside = directory / "model"

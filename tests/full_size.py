@@ -4,7 +4,8 @@
 
 Writes SiT-XL/2 for 256 x 256 images, its refiner and the Stable Diffusion VAE under their official
 names as .pt files, converts them with the command line, loads the result, and evaluates the
-predictor once. Prints JSON. Not a test: pytest does not collect it.
+predictor once; then asks the compiler for the memory of large decodings, whole and in tiles. Prints
+JSON. Not a test: pytest does not collect it.
 """
 
 import argparse
@@ -20,14 +21,19 @@ from typing import Any
 
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
 
+import jax  # noqa: E402
+import jax.numpy as jnp  # noqa: E402
 import numpy as np  # noqa: E402
 import torch_file_writer  # noqa: E402
 
 from flowturbo_jax.convert import official_shapes  # noqa: E402
-from flowturbo_jax.models import SiTConfig, VAEConfig  # noqa: E402
+from flowturbo_jax.model_directory import abstract_params  # noqa: E402
+from flowturbo_jax.models import VAE, SiTConfig, VAEConfig  # noqa: E402
+from flowturbo_jax.models.tiles import tiled  # noqa: E402
+from flowturbo_jax.pipelines import programs  # noqa: E402
 
 PREDICTOR = SiTConfig.named("SiT-XL/2", input_size=32, in_channels=4, num_classes=1000)
-VAE = {  # sd-vae-ft-ema's config.json
+VAE_JSON = {  # sd-vae-ft-ema's config.json
     "_class_name": "AutoencoderKL",
     "act_fn": "silu",
     "block_out_channels": [128, 256, 512, 512],
@@ -70,7 +76,7 @@ def random_tensor(name: str, shape: tuple[int, ...]) -> np.ndarray:
 def write(folder: Path) -> dict[str, int]:
     """Writes the three files; returns their sizes in bytes."""
     (folder / "vae").mkdir(parents=True)
-    (folder / "vae/config.json").write_text(json.dumps(VAE))
+    (folder / "vae/config.json").write_text(json.dumps(VAE_JSON))
     files = {
         "SiT-XL-2-256x256.pt": ("sit", PREDICTOR, None),
         "SiT-XL-2-Refiner.pt": ("sit", PREDICTOR.refiner(), "ema"),
@@ -102,6 +108,25 @@ def measured(command: list[str]) -> dict[str, Any]:
     }
 
 
+def decoding_gb(side: int, tile: int) -> float:
+    """Temporary memory of decoding one image of side x side pixels, in GB."""
+    vae = VAE(VAEConfig())
+    params = {"decoder": abstract_params(vae)["decoder"]}
+    z = jax.ShapeDtypeStruct((1, side // 8, side // 8, 4), jnp.float32)
+
+    def decode(params, z):
+        return tiled(
+            lambda z: vae.apply({"params": params}, z, method="decode"),
+            z,
+            tile,
+            programs.OVERLAP,
+            (1, 8),
+        )
+
+    compiled = jax.jit(decode).lower(params, z).compile()
+    return compiled.memory_analysis().temp_size_in_bytes / 1e9
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--workdir", type=Path, required=True, help="a folder to make and remove")
@@ -118,6 +143,10 @@ def main() -> None:
         convert = [sys.executable, "-m", "flowturbo_jax", "convert", "--size=SiT-XL/2"]
         report["convert"] = measured([*convert, *files, f"--out={out}"])
         report["load_and_evaluate"] = measured([sys.executable, "-c", STEP, str(out)])
+        report["decode_gb"] = {
+            f"{side} in tiles of {8 * tile}": decoding_gb(side, tile)
+            for side, tile in ((256, 64), (512, 64), (1024, 128), (1024, programs.TILE))
+        }
     finally:
         shutil.rmtree(args.workdir)
     sys.stdout.write(json.dumps(report, indent=1) + "\n")

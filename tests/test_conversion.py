@@ -89,6 +89,24 @@ def test_what_is_known_of_the_weights_becomes_the_default(converted):
     assert source["sha256"] == conversion.sha256_of(FILES / "sit/sit.safetensors")
 
 
+def test_shards_convert_like_one_file_and_are_all_named(tmp_path, converted):
+    state = golden.weights("sit/sit")
+    parts = {"a.safetensors": list(state)[::2], "b.safetensors": list(state)[1::2]}
+    for name, keys in parts.items():
+        save_file({key: state[key] for key in keys}, tmp_path / name)
+    index = tmp_path / "sit.safetensors.index.json"
+    index.write_text(
+        json.dumps({"weight_map": {key: name for name, keys in parts.items() for key in keys}})
+    )
+    given = sources(tmp_path, predictor=str(index), refiner=None, vae=None)
+    described = convert_model(given, tmp_path / "model")
+    assert described.source["predictor"]["shards"] == {
+        name: conversion.sha256_of(tmp_path / name) for name in parts
+    }
+    ours, whole = model_directory.load(tmp_path / "model"), model_directory.load(converted)
+    assert ours.fingerprints["predictor"] == whole.fingerprints["predictor"]
+
+
 def test_encoding_gives_scaled_latents_of_the_mode_or_of_a_draw(pipe):
     images = pipe([1, 2], schedule="H1")
     mode, draw, again = pipe.encode(images), pipe.encode(images, seed=1), pipe.encode(images, 1)

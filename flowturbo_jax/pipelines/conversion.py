@@ -247,7 +247,7 @@ def _read_sit(sources: Sources, role: str, report: Callable[[str], Any]) -> _Rea
             f"{role}: trained by REPA, with a reversed clock; left out, since only training uses "
             f"them: {', '.join(dropped)}"
         )
-    source = {"file": file.name, "sha256": digest, "weights": weights.origin, "dropped": dropped}
+    source = _source(weights, digest) | {"weights": weights.origin, "dropped": dropped}
     return _Read(config, state, source)
 
 
@@ -261,7 +261,13 @@ def _read_vae(sources: Sources, report: Callable[[str], Any]) -> _Read:
     except InputError as error:
         raise InputError(f"vae: {error}") from error
     report(f"vae: {config.downsampling} x smaller latents from {weights.path.name}")
-    return _Read(config, state, {"file": weights.path.name, "sha256": digest})
+    return _Read(config, state, _source(weights, digest))
+
+
+def _source(weights: Weights, digest: str) -> dict[str, Any]:
+    """What model.json says of where a network's weights came from."""
+    shards = {shard.name: sha256_of(shard) for shard in weights.shards}
+    return {"file": weights.path.name, "sha256": digest} | ({"shards": shards} if shards else {})
 
 
 def _verified(file: Path, expected: str | None) -> str:

@@ -35,6 +35,7 @@ class Record(NamedTuple):
     header_offset: int
     size: int
     crc: int
+    is_stored: bool  # and not compressed
 
 
 class Archive:
@@ -50,8 +51,8 @@ class Archive:
         """Reads the directory of the file.
 
         Raises:
-          InputError: the directory is damaged, or lists what cannot be read in place; the
-            message does not name the file.
+          InputError: the directory is damaged, or made to mislead; the message does not name
+            the file.
         """
         self.path = path
         self.records: dict[str, Record] = {}
@@ -62,11 +63,11 @@ class Archive:
                 raise InputError(f"{shown} occurs twice: the file is damaged or made to mislead")
             if info.flag_bits & ENCRYPTED:
                 raise InputError(f"{shown} is encrypted; only plain files are read")
-            if info.compress_type != zipfile.ZIP_STORED or info.compress_size != info.file_size:
-                raise InputError(f"{shown} is compressed; PyTorch stores weights uncompressed")
-            if not 0 <= info.header_offset <= self.size - info.file_size - LOCAL_HEADER.size:
+            size, place = info.compress_size, info.header_offset
+            if not 0 <= place <= self.size - size - LOCAL_HEADER.size:
                 raise InputError(f"{shown} lies outside of the file: it is damaged")
-            self.records[name] = Record(name, info.header_offset, info.file_size, info.CRC)
+            is_stored = info.compress_type == zipfile.ZIP_STORED and info.file_size == size
+            self.records[name] = Record(name, place, size, info.CRC, is_stored)
         if sum(record.size for record in self.records.values()) > self.size:
             raise InputError("its records overlap: the file is damaged or made to mislead")
 
@@ -84,13 +85,27 @@ class Archive:
             raise InputError(f"it lists {len(entries)} records; at most {MAX_RECORDS} are read")
         return entries
 
+    def find(self, name: str) -> Record:
+        """The record of that name, if it can be read.
+
+        Raises:
+          InputError: there is none, or it is compressed.
+        """
+        if name not in self.records:
+            raise InputError(f"its record {quoted(name)} is missing: the file is incomplete")
+        if not self.records[name].is_stored:
+            raise InputError(
+                f"its record {quoted(name)} is compressed; PyTorch stores weights uncompressed"
+            )
+        return self.records[name]
+
     def read(self, name: str, limit: int) -> bytes:
         """The whole content of a small record.
 
         Raises:
-          InputError: it is larger than `limit`, or damaged.
+          InputError: it is larger than `limit`, compressed, missing or damaged.
         """
-        size = self.records[name].size
+        size = self.find(name).size
         if size > limit:
             raise InputError(f"its record {quoted(name)} has {size} bytes; at most {limit} fit")
         content = bytearray(size)
@@ -105,7 +120,7 @@ class Archive:
         Raises:
           InputError: the file is damaged, or cannot be read any more.
         """
-        record = self.records[name]
+        record = self.find(name)
         try:
             with open(self.path, "rb", buffering=0) as file:
                 self._seek(file, record)

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import re
 from collections.abc import Iterable
 from pathlib import Path
@@ -42,12 +43,14 @@ class Weights(NamedTuple):
       origin: which part of a training checkpoint was taken, such as "ema"; "" for a plain file.
       arguments: the plain fields of a training checkpoint's `args`; {} otherwise.
       path: the file.
+      shards: the files that an index names; () otherwise.
     """
 
     tensors: dict[str, Tensor]
     origin: str
     arguments: dict[str, Any]
     path: Path
+    shards: tuple[Path, ...] = ()
 
 
 def open_weights(path: str | Path, which: str = "ema") -> Weights:
@@ -67,7 +70,8 @@ def open_weights(path: str | Path, which: str = "ema") -> Weights:
     if which not in PARTS:
         raise InputError(f"which is {which!r}; it must be one of {', '.join(PARTS)}")
     if path.name.endswith(".index.json"):
-        return Weights(_without_wrappers(path, _open_shards(path)), "", {}, path)
+        state, shards = _open_shards(path)
+        return Weights(_without_wrappers(path, state), "", {}, path, shards)
     state, origin, arguments = _open_file(path, which)
     return Weights(_without_wrappers(path, state), origin, arguments, path)
 
@@ -92,15 +96,15 @@ def open_folder(
       InputError: something is missing or damaged.
     """
     folder = Path(path)
-    if not folder.is_dir():
+    if not os.path.isdir(folder):
         raise InputError(f"there is no folder at {folder}; give that of a model")
-    if (folder / "model_index.json").is_file() and (folder / part).is_dir():
+    if os.path.isfile(folder / "model_index.json") and os.path.isdir(folder / part):
         folder = folder / part
-    if not (folder / "config.json").is_file():
+    if not os.path.isfile(folder / "config.json"):
         raise InputError(f"{folder} has no config.json; give the folder of a model")
     config = _read_json(folder / "config.json")
     for name in FOLDER_FILES:
-        if (folder / name).is_file():
+        if os.path.isfile(folder / name):
             return config, open_weights(folder / name, which)
     raise InputError(f"{folder} has no weights; looked for {', '.join(FOLDER_FILES)}")
 
@@ -187,8 +191,8 @@ def _without_wrappers(path: Path, state: dict[str, Tensor]) -> dict[str, Tensor]
     return tensors
 
 
-def _open_shards(path: Path) -> dict[str, Tensor]:
-    """The tensors of all the files that an index names."""
+def _open_shards(path: Path) -> tuple[dict[str, Tensor], tuple[Path, ...]]:
+    """The tensors of all the files that an index names, and these files."""
     weight_map = _read_json(path).get("weight_map")
     if type(weight_map) is not dict or not weight_map:
         raise InputError(f"{path} has no weight_map; it must say which file holds which tensor")
@@ -199,7 +203,8 @@ def _open_shards(path: Path) -> dict[str, Tensor]:
             )
             raise InputError(f"{path} names {shown} as a shard; wanted is a file name beside it")
     state: dict[str, Tensor] = {}
-    for file in sorted(set(weight_map.values())):
+    files = sorted(set(weight_map.values()))
+    for file in files:
         shard, origin, _ = _open_file(path.with_name(file), "model")
         wanted = {name for name, where in weight_map.items() if where == file}
         if origin:
@@ -210,22 +215,24 @@ def _open_shards(path: Path) -> dict[str, Tensor]:
                 f"differ in {_listed(shard.keys() ^ wanted)}: get both files again"
             )
         state.update(shard)
-    return state
+    return state, tuple(path.with_name(file) for file in files)
 
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        if path.stat().st_size > MAX_JSON:
-            raise InputError(f"{path} is too large for a JSON file; at most {MAX_JSON} bytes")
-        value = json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError) as error:
-        if isinstance(error, InputError):
-            raise
+        with path.open("rb") as file:
+            content = file.read(MAX_JSON + 1)
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error.strerror}") from error
+    if len(content) > MAX_JSON:
+        raise InputError(f"{path} is too large for a JSON file; at most {MAX_JSON} bytes are read")
+    try:
+        value = json.loads(content)
+    except (ValueError, RecursionError) as error:
         raise InputError(f"cannot read {path} as JSON: {quoted(str(error))}") from error
     if not isinstance(value, dict):
-        raise InputError(
-            f"{path} must hold a JSON object, not a value of type {type(value).__name__}"
-        )
+        kind = type(value).__name__
+        raise InputError(f"{path} must hold a JSON object, not a value of type {kind}")
     return value
 
 

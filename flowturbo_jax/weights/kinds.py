@@ -1,5 +1,6 @@
 """The kind of a weights file, by its first bytes, and one clear line for every other kind."""
 
+import os
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -66,11 +67,12 @@ def kind_of(path: Path) -> Literal["torch", "safetensors"]:
     Raises:
       InputError: there is no such file, or it is of another kind; the message says which.
     """
-    if path.is_dir():
+    # os.path's tests, unlike those of Path, answer no where a name is too long or out of bounds.
+    if os.path.isdir(path):
         raise InputError(f"{path} is a folder; give the weights file inside it")
-    if not path.exists():
+    if not os.path.exists(path):
         raise InputError(f"there is no weights file at {path}; check the name")
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise InputError(f"{path} is no regular file; give a .pt or .safetensors file")
     try:
         with path.open("rb") as file:

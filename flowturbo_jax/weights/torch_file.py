@@ -133,9 +133,7 @@ class _Rebuilder:
                 raise InputError("its pickle is damaged: a tensor lies in no known kind of storage")
         if self.storages.setdefault(key, storage) != storage:
             raise InputError(f"its storage {quoted(key)} is described in two different ways")
-        if storage.record not in self.archive.records:
-            raise InputError(f"its storage {quoted(key)} is missing: the file is incomplete")
-        size = self.archive.records[storage.record].size
+        size = self.archive.find(storage.record).size
         if count * dtype.itemsize != size:
             raise InputError(
                 f"its storage {quoted(key)} has {size} bytes, not {count} {dtype.name} numbers: "
@@ -147,10 +145,10 @@ class _Rebuilder:
         """From (storage, offset, shape, strides[, requires_grad, hooks[, metadata]])."""
         match arguments:
             case (Storage() as storage, int(offset), tuple(shape), tuple(strides), *rest):
-                metadata = rest[2] if len(rest) > 2 else None
+                metadata = rest[2:]
             case _:
                 raise InputError("its pickle is damaged: a tensor is not rebuilt of a storage")
-        if metadata:
+        if any(metadata):
             raise InputError("it holds a tensor whose values are conjugated or negated on the fly")
         if len(shape) != len(strides) or len(shape) > MAX_DIMENSIONS:
             raise InputError(f"it holds a tensor of {len(shape)} axes and {len(strides)} strides")
