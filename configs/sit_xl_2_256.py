@@ -5,8 +5,8 @@ r"""SiT-XL/2 on ImageNet 256 x 256 with the published refiner: FlowTurbo's eight
   python sample.py --config=configs/sit_xl_2_256.py
 
 Seven evaluations of the predictor and six of the refiner, each on a guided pair, and one decoding
-per image: seconds on a GPU, MINUTES minutes on two
-CPU cores. Golden retriever, otter, red panda, geyser, macaw, valley, balloon and Arctic fox.
+per image: on two CPU cores most of a minute an image. Golden retriever, otter, red panda, geyser,
+macaw, valley, balloon and Arctic fox.
 """
 
 from flowturbo_jax.sample_config import SampleConfig

@@ -260,3 +260,15 @@ def test_what_cannot_be_encoded_or_decoded_is_refused(pipe):
         pipe.encode(np.zeros((1, 8, 8, 3), np.uint8))
     with pytest.raises(InputError, match=r"latents are float32\[8, 8, 1\].*float32\[B, H, W, 1\]"):
         pipe.decode(np.zeros((8, 8, 1), np.float32))
+
+
+def test_a_program_may_be_compiled_ahead(pipe):
+    pipe.compile(3, schedule="E1P3", guidance="official")
+    compiled = []
+    jax.monitoring.register_event_duration_secs_listener(
+        lambda event, duration, **_: compiled.append(event) if "backend_compile" in event else None
+    )
+    pipe([1, 2, 3], schedule="E1P3", guidance="official", guidance_scale=3.0)
+    assert compiled == []
+    with pytest.raises(InputError, match="batch_size is 0"):
+        pipe.compile(0)

@@ -15,6 +15,7 @@ from flowturbo_jax.class_names import label_of
 from flowturbo_jax.interfaces import ImageBytes, InputError, Latents
 from flowturbo_jax.model_directory import Model
 from flowturbo_jax.pipelines import programs
+from flowturbo_jax.pipelines.requests import check_batch_size, seeds_and_indices
 from flowturbo_jax.schedule import Schedule
 
 DEFAULT_SCHEDULE = "H1P5R3"  # the paper's fastest on ImageNet
@@ -89,10 +90,10 @@ class ClassToImage:
           InputError: a label, seed, schedule, guidance or batch size the model cannot take.
         """
         labels = self._check_labels(labels)
-        seeds, indices = _seeds_and_indices(seeds, first_index, len(labels))
+        seeds, indices = seeds_and_indices(seeds, first_index, len(labels))
         static, scale = self._settings(schedule, guidance_scale, guidance)
-        if batch_size is not None and (type(batch_size) is not int or batch_size < 1):
-            raise InputError(f"batch_size is {batch_size!r}; it must be a positive whole number")
+        if batch_size is not None:
+            check_batch_size(batch_size)
         count = len(labels)
         if batch_size is None or batch_size == count:
             return self._sample_images(seeds, indices, labels, scale, static)
@@ -103,6 +104,33 @@ class ClassToImage:
             made = self._sample_images(seeds[rows], indices[rows], labels[rows], scale, static)
             parts.append(np.asarray(made))
         return jax.device_put(np.concatenate(parts)[:count])
+
+    def compile(
+        self,
+        batch_size: int,
+        *,
+        schedule: str | Schedule = DEFAULT_SCHEDULE,
+        guidance_scale: float | jax.Array | None = None,
+        guidance: str | None = None,
+    ) -> None:
+        """Compiles the program of a batch size, so that no later `__call__` of it waits for that.
+
+        Args:
+          batch_size: number of labels of the calls, or their `batch_size`.
+          schedule: as in `__call__`, as are the rest.
+          guidance_scale: any; it matters only where it turns guidance on.
+          guidance: "paired", "official" or "none"; the model's default if None.
+
+        Raises:
+          InputError: as `__call__`.
+        """
+        check_batch_size(batch_size)
+        static, scale = self._settings(schedule, guidance_scale, guidance)
+        seeds, indices = seeds_and_indices(0, 0, batch_size)
+        labels = np.zeros(batch_size, np.int32)
+        programs.sample_images.lower(
+            self._params, self._decoder, seeds, indices, labels, scale, **static
+        ).compile()
 
     def _sample_images(
         self, seeds: Any, indices: Any, labels: Any, scale: jax.Array, static: dict[str, Any]
@@ -179,7 +207,7 @@ class ClassToImage:
             )
         noise = None
         if seed is not None and vae is not None:
-            seeds, indices = _seeds_and_indices(seed, 0, len(images))
+            seeds, indices = seeds_and_indices(seed, 0, len(images))
             height, width = (side // factor for side in images.shape[1:3])
             shape = (height, width, vae.config.latent_channels)
             noise = path.sample_noise(jnp.asarray(seeds), jnp.asarray(indices), shape)
@@ -300,23 +328,3 @@ class ClassToImage:
         if mode == "none" and scale != 1:
             raise InputError(f"guidance 'none' has no scale, but {scale} was given; leave one out")
         return mode, float(scale)
-
-
-def _seeds_and_indices(seeds: Any, first_index: int, count: int) -> tuple[np.ndarray, np.ndarray]:
-    seeds = np.asarray(seeds)
-    if seeds.dtype.kind not in "iu" or (seeds < 0).any() or (seeds >= 2**32).any():
-        raise InputError(f"seeds are {seeds.tolist()}; they must be whole numbers in [0, 2^32)")
-    if seeds.ndim == 0:
-        indices = first_index + np.arange(count)
-    elif seeds.shape == (count,):
-        indices = np.zeros(count)
-    else:
-        raise InputError(f"{seeds.size} seeds for {count} labels; give one, or one per label")
-    if (
-        not isinstance(first_index, numbers.Integral)
-        or first_index < 0
-        or first_index + count > 2**32
-    ):
-        raise InputError(f"first_index is {first_index!r}; it must be a whole number in [0, 2^32)")
-    seeds = np.broadcast_to(seeds, (count,))
-    return seeds.astype(np.uint32), indices.astype(np.uint32)
