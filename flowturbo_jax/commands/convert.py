@@ -122,14 +122,20 @@ def _sources(args: argparse.Namespace) -> conversion.Sources:
 def table(description: Description) -> str:
     """What a model is and what its networks cost, as text."""
     height, width, channels = description.image_shape
-    size = description.predictor.size_name or description.family
+    size = description.predictor.size_name or f"{description.family} of no published size"
     lines = [
         f"{size}: {height} x {width} x {channels} images, {description.predictor.num_classes} "
         f"classes, guidance {description.guidance} at {description.guidance_scale:g}",
         f"{'network':12s}{'parameters':>14s}{'per evaluation':>20s}",
     ]
     for cost in costs.network_costs(description):
-        count, work = cost.parameters / 1e6, cost.multiply_adds / 1e9
-        lines.append(f"{cost.what:12s}{count:>12.2f} M{work:>15.2f} GMAC")
+        count, work = _short(cost.parameters, "kM"), _short(cost.multiply_adds, "kMG")
+        lines.append(f"{cost.what:12s}{count:>14s}{work + 'MAC':>20s}")
     lines.append("(of one image and one branch of guidance; 1 MAC is a multiply-add, 2 FLOP)")
     return "\n".join(lines)
+
+
+def _short(count: int, units: str) -> str:
+    """A count in the largest of the units that leaves it at least 0.1, such as "118.62 G"."""
+    power = max((i for i in range(1, len(units) + 1) if count >= 0.1 * 1000**i), default=1)
+    return f"{count / 1000**power:.2f} {units[power - 1]}"
