@@ -4,17 +4,16 @@ Shapes tell everything but the number of attention heads, which is that of the p
 same width unless a config says otherwise.
 """
 
-import json
+import dataclasses
 import math
-import re
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from flowturbo_jax.convert import StateDict, block_count
 from flowturbo_jax.interfaces import InputError
 from flowturbo_jax.models import SiTConfig, VAEConfig
 from flowturbo_jax.models.sit import SIZES
+from flowturbo_jax.weights.tensor import quoted
 
 # Keys of a SiT config.json: the arguments of the official class, and our reversed_time.
 SIT_KEYS = (
@@ -34,6 +33,7 @@ SIT_KEYS = (
 )
 HEADS = {hidden_size: heads for _, hidden_size, heads in SIZES.values()}
 IMAGENET_CLASSES = 1000
+MAX_TOKENS_PER_SIDE = 128  # 2048 x 2048 pixels at patch 2; attention's memory grows as its square^2
 
 # Keys of diffusers' AutoencoderKL config that change nothing in the network's function.
 VAE_SILENT = ("sample_size", "force_upcast")
@@ -46,21 +46,6 @@ VAE_FIXED = {  # and those we have one form of
 }
 # diffusers autoencoder_kl.py, where they differ from Stable Diffusion's.
 DIFFUSERS_DEFAULTS = {"block_out_channels": [64], "layers_per_block": 1}
-
-
-def read_config(path: str | Path) -> dict[str, Any]:
-    """The object in a JSON file.
-
-    Raises:
-      InputError: the file cannot be read, or holds something else.
-    """
-    try:
-        config = json.loads(Path(path).read_text())
-    except (OSError, ValueError, RecursionError) as error:
-        raise InputError(f"the config {path} cannot be read: {error}") from error
-    if not isinstance(config, dict):
-        raise InputError(f"the config {path} is not a JSON object of names and values")
-    return config
 
 
 def sit_config(
@@ -80,7 +65,8 @@ def sit_config(
     """
     if unknown := sorted(given.keys() - set(SIT_KEYS)):
         raise InputError(
-            f"the SiT config has the unknown key {unknown[0]!r}; known are {', '.join(SIT_KEYS)}"
+            f"the SiT config has the unknown key {quoted(unknown[0])}; known are "
+            f"{', '.join(SIT_KEYS)}"
         )
     found = _sit_shapes(state)
     inputs, outputs = found.pop("inputs"), found.pop("outputs")
@@ -137,7 +123,7 @@ def _sit_shapes(state: StateDict) -> dict[str, Any]:
     }
     for name, rank in wanted.items():
         if name not in state:
-            some = ", ".join(list(state)[:3])
+            some = ", ".join(quoted(name) for name in list(state)[:3])
             raise InputError(f"the weights are no SiT's: {name} is missing (they have {some}, ...)")
         if len(state[name].shape) != rank or 0 in state[name].shape:
             raise InputError(f"the weights are no SiT's: {name} is {list(state[name].shape)}")
@@ -146,6 +132,10 @@ def _sit_shapes(state: StateDict) -> dict[str, Any]:
     side = math.isqrt(tokens)
     if side**2 != tokens:
         raise InputError(f"pos_embed is of {tokens} tokens, which is no square")
+    if side > MAX_TOKENS_PER_SIDE:
+        raise InputError(
+            f"pos_embed is of {side} x {side} tokens; at most {MAX_TOKENS_PER_SIDE} a side are read"
+        )
     outputs, remainder = divmod(state["final_layer.linear.weight"].shape[0], patch_size**2)
     if remainder:
         raise InputError("final_layer.linear.weight does not fill patches: its rows do not divide")
@@ -173,7 +163,9 @@ def vae_config(given: Mapping[str, Any]) -> VAEConfig:
     given = {key: value for key, value in given.items() if key not in VAE_SILENT}
     name = given.get("_class_name", "AutoencoderKL")
     if name != "AutoencoderKL":
-        raise InputError(f"the VAE's config is of a {name}; supported is AutoencoderKL")
+        raise InputError(
+            f"the VAE's config is of a {quoted(str(name))}; supported is AutoencoderKL"
+        )
     given = {key: value for key, value in given.items() if not key.startswith("_")}
     for key, known in VAE_FIXED.items():
         values = given.pop(key, known[0])
@@ -186,7 +178,7 @@ def vae_config(given: Mapping[str, Any]) -> VAEConfig:
     if not isinstance(given["block_out_channels"], list):
         raise InputError("the VAE's block_out_channels is no list of numbers")
     given["block_out_channels"] = tuple(given["block_out_channels"])
-    try:
-        return VAEConfig(**given)
-    except TypeError as error:
-        raise InputError(f"the VAE's config: {re.sub(r'.*?__init__', 'it', str(error))}") from error
+    known_keys = {field.name for field in dataclasses.fields(VAEConfig)}
+    if unknown := sorted(given.keys() - known_keys):
+        raise InputError(f"the VAE's config has the unknown key {quoted(unknown[0])}")
+    return VAEConfig(**given)

@@ -10,6 +10,7 @@ import orbax.checkpoint as ocp
 from flax.traverse_util import flatten_dict
 
 from flowturbo_jax.interfaces import InputError, Params
+from flowturbo_jax.weights.tensor import quoted
 
 CHUNK_BYTES = 64 * 2**20
 FILE_BYTES = 256 * 2**20
@@ -74,12 +75,17 @@ def mismatches(found: Mapping[str, Any], wanted: Mapping[str, tuple[int, ...]]) 
       wanted: the exact shape of each name.
     """
     wrong = [f"{name} is missing" for name in wanted if name not in found]
-    wrong += [f"{name} is not known" for name in found if name not in wanted]
+    wrong += [f"{_shown(name)} is not known" for name in found if name not in wanted]
     return wrong + [
         f"{name} is {list(found[name].shape)}, not {list(shape)}"
         for name, shape in wanted.items()
         if name in found and tuple(found[name].shape) != tuple(shape)
     ]
+
+
+def _shown(name: str) -> str:
+    """A name out of a file, which may hold anything, as part of a line."""
+    return name if name.isprintable() and len(name) <= 100 else quoted(name)
 
 
 def _damaged(directory: Path, error: Exception) -> str:

@@ -18,12 +18,14 @@ from flowturbo_jax.interfaces import InputError, Params
 from flowturbo_jax.model_directory import abstract_params
 from flowturbo_jax.models import NETWORKS
 from flowturbo_jax.name_tables import NAME_TABLES, Entry
-from flowturbo_jax.weights.tensor import Tensor
+from flowturbo_jax.weights.tensor import Tensor, quoted
 
 StateDict = Mapping[str, np.ndarray | Tensor]
 
 # Tensors that serve training only, and are left out by name.
-TRAINING_ONLY = {"sit": re.compile(r"projectors\.\d+\.")}  # REPA models/sit.py
+TRAINING_ONLY = {
+    "sit": re.compile(r"projectors\.\d{1,4}\.\d{1,4}\.(weight|bias)")
+}  # REPA models/sit.py
 OLD_ATTENTION = {  # diffusers modeling_utils.py, _convert_deprecated_attention_blocks
     "query": "to_q",
     "key": "to_k",
@@ -47,22 +49,29 @@ def with_known_names(
     Source: REPA utils.py, load_legacy_checkpoints; diffusers modeling_utils.py.
     """
     unused = TRAINING_ONLY.get(kind)
-    dropped = [name for name in state if unused and unused.match(name)]
-    kept = {name: array for name, array in state.items() if name not in set(dropped)}
+    dropped = {name: None for name in state if unused and unused.fullmatch(name)}
+    kept = {name: array for name, array in state.items() if name not in dropped}
     if kind == "vae":
         old = re.compile(r"(.*\.attentions\.\d+)\.(query|key|value|proj_attn)\.(weight|bias)")
-        return _renamed(kept, old, lambda m: f"{m[1]}.{OLD_ATTENTION[m[2]]}.{m[3]}"), dropped
+        return _renamed(kept, old, lambda m: f"{m[1]}.{OLD_ATTENTION[m[2]]}.{m[3]}"), list(dropped)
     if kind == "sit":
         first = block_count(kept)  # REPA once kept the blocks after its projectors apart
         later = re.compile(r"decoder_blocks\.(\d{1,4})\.(.+)")
-        return _renamed(kept, later, lambda m: f"blocks.{first + int(m[1])}.{m[2]}"), dropped
-    return kept, dropped
+        return _renamed(kept, later, lambda m: f"blocks.{first + int(m[1])}.{m[2]}"), list(dropped)
+    return kept, list(dropped)
 
 
 def block_count(state: StateDict) -> int:
-    """How many transformer blocks a SiT state dict has, by the names `blocks.N`."""
-    numbers = [re.match(r"blocks\.(\d{1,4})\.", name) for name in state]
-    return 1 + max((int(match[1]) for match in numbers if match), default=-1)
+    """How many transformer blocks a SiT state dict has, by the names `blocks.N`.
+
+    Raises:
+      InputError: the numbers have a gap.
+    """
+    matches = [re.match(r"blocks\.(\d{1,4})\.", name) for name in state]
+    numbers = {int(match[1]) for match in matches if match}
+    if gap := set(range(max(numbers, default=-1))) - numbers:
+        raise InputError(f"the weights have blocks.{max(numbers)}, but no blocks.{min(gap)}")
+    return len(numbers)
 
 
 def _renamed(state: StateDict, pattern: re.Pattern, name: Any) -> dict[str, np.ndarray | Tensor]:
@@ -71,7 +80,7 @@ def _renamed(state: StateDict, pattern: re.Pattern, name: Any) -> dict[str, np.n
         match = pattern.fullmatch(key)
         new = name(match) if match else key
         if new in result:
-            raise InputError(f"the weights hold {new} twice, under its old and its new name")
+            raise InputError(f"the weights hold {quoted(new)} twice, by its old and its new name")
         result[new] = array
     return result
 

@@ -1,7 +1,5 @@
 """Files named by a local path or an `hf://` reference, downloaded to the Hugging Face cache."""
 
-import hashlib
-import json
 import re
 from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
@@ -9,12 +7,16 @@ from typing import NamedTuple
 from urllib.parse import quote, unquote
 
 from flowturbo_jax.interfaces import InputError
+from flowturbo_jax.weights.files import sha256_of
+from flowturbo_jax.weights.json_file import read_index
+from flowturbo_jax.weights.tensor import quoted
 
 FORM = "hf://owner/name/path/to/file or hf://owner/name@revision/path/to/file"
 SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 REFERENCE = re.compile(r"hf://([\w.-]+/[\w.-]+)(?:@([\w.%-]+))?(?:/(.*))?", re.ASCII)
 COMMIT = re.compile(r"[0-9a-f]{40}")
 NOT_MODELS = ("datasets/", "spaces/")  # what the hub also names in this way
+SHOWN = 300  # characters of another's message
 INDEX = ".index.json"  # end of the name of the file that lists the shards of large weights
 
 # diffusers, utils/constants.py: the files of one network; the weights are in one of four forms.
@@ -103,7 +105,7 @@ def fetch_folder(
         choices = (name,) if isinstance(name, str) else name
         file = downloads.first_file([_inside(folder, choice) for choice in choices])
         if file.name.endswith(INDEX):
-            for shard in _shards(file):
+            for shard in read_index(file):
                 downloads.file(_inside(folder, shard))
     return local
 
@@ -114,11 +116,7 @@ def check_sha256(path: str | Path, expected: str) -> None:
     Raises:
       InputError: it is another, or the file cannot be read.
     """
-    try:
-        with Path(path).open("rb") as file:
-            found = hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError as error:
-        raise InputError(f"cannot read {path}: {error.strerror}") from error
+    found = sha256_of(path)
     if found != expected.strip().lower():
         raise InputError(
             f"{path} has sha256 {found}, expected {expected}: it is damaged or another file; "
@@ -144,18 +142,6 @@ def _parse(reference: str | Path) -> Place | None:
 
 def _inside(folder: Place, name: str) -> Place:
     return folder._replace(path=f"{folder.path}/{name}" if folder.path else name)
-
-
-def _shards(index: Path) -> list[str]:
-    """The files that an index of sharded weights lists, which are beside it."""
-    try:
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise InputError(f"{index} is no index of sharded weights ({error!r})") from error
-    for name in names:
-        if not isinstance(name, str) or name in ("", ".", "..") or set(name) & set("/\\"):
-            raise InputError(f"{index} lists the file {name!r}, which is not beside it")
-    return names
 
 
 class _Downloads:
@@ -209,7 +195,7 @@ class _Downloads:
     def _reason(self, place: Place, error: Exception) -> str:
         """One line on why a download failed, and what to do about it."""
         errors, cause = self._hub.errors, error.__cause__ or error
-        said = " ".join(f"{type(cause).__name__}: {cause}".split())
+        said = f"{type(cause).__name__}: {_one_line(str(cause))}"
         if isinstance(error, errors.GatedRepoError):
             return (
                 f"cannot download {place}: {place.repository} is open to those only who asked for "
@@ -228,3 +214,9 @@ class _Downloads:
                 f"({said}); check the connection, or give a local path"
             )
         return f"cannot download {place}: {said}"
+
+
+def _one_line(message: str) -> str:
+    """What a server or a library said, as far as it can be shown."""
+    line = " ".join(message.split())
+    return line if line.isprintable() and len(line) <= SHOWN else quoted(line)

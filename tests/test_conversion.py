@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import time
 from functools import partial
 
 import golden
@@ -12,10 +13,10 @@ import pytest
 from einops import rearrange
 from safetensors.numpy import load_file, save_file
 
-from flowturbo_jax import ClassToImage, convert, model_directory
+from flowturbo_jax import ClassToImage, architecture, convert, model_directory, path
 from flowturbo_jax.interfaces import InputError
 from flowturbo_jax.models import SiT, SiTConfig
-from flowturbo_jax.pipelines import conversion
+from flowturbo_jax.pipelines import conversion, velocity_check
 from flowturbo_jax.pipelines.conversion import Sources, convert_model
 
 FILES = golden.FOLDER
@@ -67,7 +68,7 @@ def test_the_published_files_give_the_published_images(pipe, scale):
 
 
 def test_images_are_decoded_latents_of_the_same_noise(pipe):
-    noise = conversion.path.sample_noise(
+    noise = path.sample_noise(
         jnp.full(3, 7, jnp.uint32), jnp.arange(3, dtype=jnp.uint32), (8, 8, 4)
     )
     latents = pipe.sample_latents(noise, [1, 2, 3], schedule="H1P1R1")
@@ -239,7 +240,7 @@ def test_weights_that_predict_noise_are_told_by_their_direction(tmp_path):
 
 def test_the_shipped_predictor_points_away_from_the_noise():
     model = model_directory.load("digits")
-    cosine = conversion._noise_cosine(
+    cosine = velocity_check.noise_cosine(
         model.predictor_params, module=model.predictor, config=model.description.predictor
     )
     assert cosine < -0.8
@@ -249,14 +250,14 @@ def test_the_shipped_predictor_points_away_from_the_noise():
     ("arguments", "message"),
     [
         ({"model": "DiT-XL/2"}, "holds a DiT, which predicts noise"),
-        ({"prediction": "noise"}, "trained to predict noise, not velocity"),
+        ({"prediction": "noise"}, "trained to predict 'noise', not velocity"),
         ({"path_type": "GVP"}, "path 'GVP'; only the linear one"),
     ],
 )
 def test_weights_that_say_they_are_no_velocity_are_refused(tmp_path, arguments, message):
     weights = conversion.Weights({}, "ema", arguments, tmp_path / "w.pt")
     with pytest.raises(InputError, match=message):
-        conversion._check_objective(tmp_path / "w.pt", weights)
+        velocity_check.check_objective(tmp_path / "w.pt", weights)
 
 
 def test_a_file_named_as_dit_is_refused(tmp_path):
@@ -415,3 +416,63 @@ def test_an_export_replaces_a_file_only_when_asked(tmp_path):
     refiner = model_directory.load("digits")
     back = convert.params_from_state("sit", refiner.description.refiner, state)
     jax.tree.map(np.testing.assert_array_equal, back, refiner.refiner_params)
+
+
+def test_blocks_with_a_gap_are_refused():
+    state = {"blocks.0.x": np.zeros(1), "blocks.9999.x": np.zeros(1)}
+    with pytest.raises(InputError, match=r"blocks\.9999, but no blocks\.1"):
+        convert.block_count(state)
+
+
+def test_names_from_files_cannot_drive_a_terminal(tmp_path, capsys):
+    state = {
+        **golden.weights("sit/sit"),
+        "\x1b]0;mine\x07\x1b[2J" + "x" * 500: np.zeros(1, np.float32),
+    }
+    save_file(state, tmp_path / "w.safetensors")
+    with pytest.raises(InputError, match="is not known") as error:
+        convert_model(sources(tmp_path, predictor=str(tmp_path / "w.safetensors")), tmp_path / "m")
+    assert str(error.value).isprintable()
+    assert len(str(error.value)) < 500
+
+
+def test_many_names_take_no_time_out_of_proportion():
+    state = {f"projectors.{i % 9999}.{i // 9999}.weight": np.zeros(1) for i in range(90_000)}
+    start = time.perf_counter()
+    kept, dropped = convert.with_known_names("sit", state)
+    assert (len(kept), len(dropped)) == (0, 90_000)
+    assert time.perf_counter() - start < 5  # 0.1 s; minutes when it grew with the square
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"layers_per_block": 1_000_000}, "layers_per_block is"),
+        ({"layers_per_block": 17}, "layers_per_block is 17; at most 16"),
+        ({"block_out_channels": [32] * 2000}, "has 2000 widths"),
+        ({"block_out_channels": 32}, "no list"),
+        ({"in_channels": 10**400}, "in_channels is 1000"),
+        ({"_class_name": "Auto\x1b[2J"}, r"is of a 'Auto.x1b"),
+        ({"strange": 1}, "unknown key 'strange'"),
+        ({"act_fn": "relu"}, "act_fn is 'relu'; supported is 'silu'"),
+        ({"down_block_types": ["AttnDownBlock2D"]}, "AttnDownBlock2D"),
+        ({"latents_mean": [0.0]}, "latents_mean"),
+    ],
+)
+def test_a_vae_config_that_cannot_be_is_refused_at_once(fields, message):
+    with pytest.raises(InputError, match=message):
+        architecture.vae_config({"block_out_channels": [32], **fields})
+
+
+def test_a_picture_of_absurdly_many_tokens_is_refused():
+    state = {**golden.weights("sit/sit"), "pos_embed": np.broadcast_to(0.0, (1, 129**2, 64))}
+    with pytest.raises(InputError, match="129 x 129 tokens; at most 128"):
+        architecture.sit_config(state, {"num_heads": 4}, refiner=False)
+
+
+def test_a_sha256_of_an_index_is_refused(tmp_path):
+    index = tmp_path / "w.safetensors.index.json"
+    index.write_text("{}")
+    given = sources(tmp_path, predictor=str(index), sha256={"predictor": "0" * 64})
+    with pytest.raises(InputError, match="index of several files"):
+        convert_model(given, tmp_path / "model")

@@ -14,7 +14,7 @@ from safetensors.numpy import load_file
 import sample as sample_script
 from flowturbo_jax.__main__ import main as package_main
 from flowturbo_jax.commands import entry
-from flowturbo_jax.weights.files import sha256_of
+from flowturbo_jax.weights import sha256_of
 
 FILES = golden.FOLDER
 ROOT = Path(__file__).parents[1]

@@ -205,8 +205,8 @@ def test_a_file_that_cannot_be_had_is_refused_in_one_line(options, reference, me
         ("hf://some/weightless", f"hf://some/weightless@{NEW} has no file {SAFE} or .* or "),
         ("hf://some/vae/none", "hf://some/vae has no file none/config.json"),
         ("hf://some/lost-shard", f"has no file {SHARDS[1]}"),
-        ("hf://some/odd-index", f"{SAFE_INDEX} is no index of sharded weights"),
-        ("hf://some/far-index", "lists the file '../../secret', which is not beside it"),
+        ("hf://some/odd-index", f"{SAFE_INDEX} must hold a JSON object"),
+        ("hf://some/far-index", "names '../../secret' as a shard; wanted is a file name"),
     ],
 )
 def test_a_folder_that_lacks_a_file_is_refused_in_one_line(options, reference, message):
@@ -281,3 +281,6 @@ def test_sha256_is_compared_with_the_whole_file(tmp_path):
 def test_sha256_of_a_missing_file_is_refused(tmp_path):
     with pytest.raises(InputError, match=r"cannot read .*nothing: No such file"):
         check_sha256(tmp_path / "nothing", "0" * 64)
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(InputError, match="is no regular file"):
+        check_sha256(tmp_path / "pipe", "0" * 64)

@@ -2,14 +2,19 @@
 
 import argparse
 import collections
+import pathlib
 import pickle
+import re
 import struct
+import time
 
+import numpy as np
 import pytest
+import weight_mutations
 
 from flowturbo_jax.interfaces import InputError
 from flowturbo_jax.weights import pickled_values, restricted_pickle
-from flowturbo_jax.weights.pickled_values import Namespace
+from flowturbo_jax.weights.pickled_values import Inert, Namespace
 from flowturbo_jax.weights.restricted_pickle import load
 
 PROTOCOLS = (2, 3, 4, 5)
@@ -128,7 +133,10 @@ def test_only_plain_values_are_keys_and_members(key):
 
 
 def test_memo_indices_and_lengths_cost_no_memory():
-    assert load(b"\x80\x02K\x05r\xff\xff\xff\xffK\x06j\xff\xff\xff\xff\x86.") is not None
+    assert load(b"\x80\x02K\x05q\x00K\x06r\x00\x00\x00\x00h\x00\x87.") == (5, 6, 6)
+    for opcodes in (b"Nr\xff\xff\xff\xff", b"Nq\x01", b"Nq\x00q\x02"):
+        with pytest.raises(InputError, match="does not number its memo from 0 on"):
+            load(b"\x80\x02" + opcodes + b".")
     for opcodes in (
         b"X\xff\xff\xff\xffabc",
         b"\x8d" + struct.pack("<Q", 2**62) + b"abc",
@@ -189,6 +197,67 @@ def test_other_protocols_are_refused():
 def test_a_large_description_is_refused_unread():
     with pytest.raises(InputError, match="at most 16777216 are read"):
         load(bytes(restricted_pickle.MAX_BYTES + 1))
+
+
+def test_too_many_numbers_are_not_hashed():
+    limit = pickled_values.MAX_COUNTED_KEYS
+    body = b"(" + b"".join(b"M%cXN" % (i % 251) for i in range(2 * limit)) + b"u"
+    load(b"\x80\x02}" + body[: 1 + 4 * limit] + b"u.")
+    load(pickle.dumps({str(i): i for i in range(2 * limit)}, 2))
+    members = b"(" + b"K\x01" * limit + b"\x90"
+    for opcodes in (
+        b"}" + body,
+        b"}" + body[: 1 + 4 * limit] + b"uG?\xf0\x00\x00\x00\x00\x00\x00Ns",
+        b"\x8f" + members + b"(K\x02\x90",
+        b"\x8f" + members + b"](cbuiltins\nset\n](K\x02e\x85Re\x86",
+        b"\x8f" + members + b"(K\x02\x91\x86",
+    ):
+        with pytest.raises(InputError, match="over 10000 numbers as keys or members of sets"):
+            load(b"\x80\x02" + opcodes + b".")
+
+
+def test_keys_that_are_slow_to_insert_are_refused_soon():
+    for opcodes in (weight_mutations.clustered_keys(), weight_mutations.clustered_memo()):
+        start = time.monotonic()
+        with pytest.raises(InputError, match=r"over 10000 numbers|from 0 on"):
+            load(b"\x80\x02" + opcodes + b".")
+        assert time.monotonic() - start < 2  # 0.1 s; all of the keys would take over 10 s
+
+
+BESIDE = [
+    (collections.Counter([1, 2, 2]), "collections.Counter"),
+    (collections.defaultdict(list, a=[1]), "collections.defaultdict"),
+    (pathlib.PurePosixPath("/a/b"), r"pathlib\.(_local\.)?PurePosixPath"),
+    (1j, "builtins.complex"),
+    (bytearray(b"abc"), "builtins.bytearray"),
+    (np.float64(0.5), "numpy._core.multiarray.scalar"),
+    (np.dtype("int64"), "numpy.dtype"),
+    (np.arange(3), "numpy._core.multiarray._reconstruct"),
+]
+
+
+@pytest.mark.parametrize("protocol", [2, 3, 4])
+def test_objects_beside_the_weights_become_their_name(protocol):
+    for value, name in BESIDE:
+        loaded = load(pickle.dumps({"before": 1, "it": value, "after": [2]}, protocol))
+        assert (loaded["before"], loaded["after"]) == (1, [2])
+        assert type(loaded["it"]) is Inert
+        assert re.fullmatch(name, loaded["it"].name)
+    older = pickle.dumps(np.float64(0.5), 2).replace(b"numpy._core.", b"numpy.core.")
+    assert load(older).name == "numpy.core.multiarray.scalar"
+
+
+def test_names_that_are_only_arguments_are_not_called():
+    for name in ("builtins\nlist", "numpy\nndarray"):
+        assert type(load(f"\x80\x02c{name}\n.".encode("latin-1"))) is Inert
+        with pytest.raises(InputError, match="wants a Global"):
+            load(f"\x80\x02c{name}\n)R.".encode("latin-1"))
+
+
+def test_protocols_without_a_header_are_named():
+    for protocol in (0, 1):
+        with pytest.raises(InputError, match=r"of protocol 0 or 1, not 2 to 5.*torch\.save\("):
+            load(pickle.dumps({"a": 1}, protocol))
 
 
 def test_work_is_bounded(monkeypatch):

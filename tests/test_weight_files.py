@@ -97,7 +97,13 @@ def test_arguments_are_the_plain_fields(file):
         ([A], "holds a value of type list; save a state dict"),
         (5, "holds a value of type int"),
         ({}, "has nothing at the top"),
-        ({"net": STATE, "step": 5}, "no training checkpoint: it has 'net', 'step' at the top"),
+        (
+            {"net": STATE, "step": 5},
+            r"it has 'net', 'step' at the top; .*torch\.save\(torch\.load\(f, .*\)\['net'\], g\)",
+        ),
+        ({"ema": {}, "model": STATE}, "cannot take 'ema': .* no tensors .*: --weights model"),
+        ({"ema": {"shadow": [A], "decay": 0.9}, "model": STATE}, "list under 'shadow'.*--weights"),
+        ({"a": A, "c": writer.Call("builtins.complex", (1.0, 2.0))}, "type 'builtins.complex'"),
         ({f"k{i}": 0 for i in range(9)}, "'k4' and 4 more"),
         ({"model": {}}, "holds no tensors"),
         ({"model": {"net": STATE}}, "holds a value of type dict under 'net'"),
@@ -228,9 +234,11 @@ def test_what_is_no_file_is_refused(tmp_path):
     os.mkfifo(tmp_path / "pipe")
     with pytest.raises(InputError, match="is no regular file"):
         open_weights(tmp_path / "pipe")
-    for path in (tmp_path, tmp_path / "nothing.pt"):
+    for path in (tmp_path, tmp_path / "nothing.pt", tmp_path / "pipe", "a\0b"):
         with pytest.raises(InputError, match="cannot read"):
             sha256_of(path)
+    with pytest.raises(InputError, match="there is no weights file at"):
+        open_weights("a\0b")
 
 
 def test_sha256_is_that_of_the_whole_file(file):

@@ -1,5 +1,6 @@
 """Damages and attacks on weight files: changed bytes, changed pickles, hostile opcodes."""
 
+import functools
 import io
 import itertools
 import pickletools
@@ -8,10 +9,13 @@ import re
 import struct
 import zipfile
 from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
 
 from torch_file_writer import write_zip
 
-MARKER = "pwned_flowturbo"  # what an attack that ran would have left in the temporary folder
+MARKER = Path("/tmp/pwned_flowturbo")  # what an attack that ran would have left
 FORBIDDEN = (
     "os system",
     "posix system",
@@ -27,7 +31,10 @@ FORBIDDEN = (
     "torch.storage _load_from_bytes",
     "torch._utils _rebuild_from_type_v2",
     "torch load",
-    "numpy.core.multiarray _reconstruct",
+    "numpy load",
+    "numpy.core.multiarray fromfile",
+    "collections namedtuple",
+    "pathlib Path",
     "flowturbo_jax.weights.files open_weights",
     "torch FloatStorage.__init__",
     "argparse Namespace.__init__",
@@ -63,18 +70,50 @@ def number(value: int) -> bytes:
 
 def attack(name: str) -> bytes:
     """Opcodes that would make an unpickler call a function to create the marker."""
-    call = text(f"touch /tmp/{MARKER}") + b"\x85R"
+    call = text(f"touch {MARKER}") + b"\x85R"
     return f"c{name.replace(' ', chr(10))}\n".encode() + call
 
 
 def attack_from_stack(name: str) -> bytes:
     module, function = name.split(" ", 1)
-    return text(module) + text(function) + b"\x93" + text(f"touch /tmp/{MARKER}") + b"\x85R"
+    return text(module) + text(function) + b"\x93" + text(f"touch {MARKER}") + b"\x85R"
 
 
 def colliding_keys() -> bytes:
     """A dict of integers that all have one hash."""
     return b"}(" + b"".join(number(k * (2**61 - 1)) + b"N" for k in range(1, 45_000)) + b"u"
+
+
+@functools.cache
+def clustered(bits: int = 18, run: int = 150_000, count: int = 30_000) -> list[int]:
+    """Numbers that each try tens of thousands of places before a dict has room for them.
+
+    The first ones fill places in the order in which a dict of 2**bits places tries them
+    (CPython, Objects/dictobject.c: 5 i + perturb + 1); the others meet that run and follow it.
+    """
+    mask = (1 << bits) - 1
+    taken, order = np.zeros(mask + 1, bool), [1]
+    while len(order) < run:
+        order.append((5 * order[-1] + 1) & mask)
+    taken[order] = True
+    keys = places = perturb = np.arange(1 << bits, 1 << (bits + 5))
+    places = places & mask
+    while len(keys) and perturb.any():
+        inside = taken[places]
+        keys, perturb, places = keys[inside], perturb[inside] >> 5, places[inside]
+        places = (5 * places + perturb + 1) & mask
+    return [*order, *keys[:count].tolist()]
+
+
+def clustered_keys() -> bytes:
+    body = [number(key) + b"N" for key in clustered()]
+    parts = (body[i : i + 40_000] for i in range(0, len(body), 40_000))
+    chunks = (b"(" + b"".join(part) + b"u" for part in parts)
+    return b"}" + b"".join(chunks)
+
+
+def clustered_memo() -> bytes:
+    return b"N" + b"".join(b"r" + struct.pack("<I", key) for key in clustered())
 
 
 HOSTILE: tuple[bytes, ...] = (
@@ -129,6 +168,8 @@ HOSTILE: tuple[bytes, ...] = (
     b"\x8f" * 400_000,
     b"}" * 90_000,
     colliding_keys(),
+    clustered_keys(),
+    clustered_memo(),
     *(attack(name) for name in FORBIDDEN),
     *(attack_from_stack(name) for name in FORBIDDEN),
 )

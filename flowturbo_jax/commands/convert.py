@@ -14,6 +14,7 @@ import argparse
 from collections.abc import Sequence
 
 from flowturbo_jax import model_directory
+from flowturbo_jax.commands import entry
 from flowturbo_jax.commands.entry import LineParser
 from flowturbo_jax.guidance import MODES
 from flowturbo_jax.interfaces import InputError
@@ -37,7 +38,9 @@ def main(argv: Sequence[str]) -> None:
         state = conversion.export(args.export, args.network, args.out, args.force)
         print(f"wrote {args.out}: {len(state)} tensors under their official names")
         return
-    description = conversion.convert_model(_sources(args), args.out, args.force, print)
+    description = conversion.convert_model(
+        _sources(args), args.out, args.force, lambda line: print(entry.one_line(line))
+    )
     print(table(description))
     print(f"wrote {args.out}; sample it with sample.py --config.model_dir={args.out}")
 

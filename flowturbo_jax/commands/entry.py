@@ -28,7 +28,7 @@ def run(main: Callable[[Sequence[str]], None], argv: Sequence[str] | None = None
         main(sys.argv if argv is None else argv)
         sys.stdout.flush()
     except InputError as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"error: {one_line(str(error))}", file=sys.stderr)
         sys.exit(2)
     except BrokenPipeError:  # whoever reads, such as `head`, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -36,6 +36,12 @@ def run(main: Callable[[Sequence[str]], None], argv: Sequence[str] | None = None
         print("interrupted", file=sys.stderr)
         sys.exit(130)
     sys.exit(0)
+
+
+def one_line(text: str) -> str:
+    """Text of any origin as one line that a terminal shows and does not obey."""
+    words = " ".join(text.split())
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in words)
 
 
 class LineParser(argparse.ArgumentParser):

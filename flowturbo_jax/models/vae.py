@@ -21,6 +21,7 @@ Maps = Float[Array, "batch height width channels"]
 NewMaps = Float[Array, "batch rows columns features"]
 
 NORM_EPSILON = 1e-6  # diffusers vae.py: every GroupNorm(eps=1e-6)
+MAX_SIZE, MAX_DEPTH = 65536, 16  # far above any model; a wrong config would hang instead
 LOGVAR_RANGE = (-30.0, 20.0)  # diffusers vae.py: DiagonalGaussianDistribution
 
 
@@ -58,10 +59,19 @@ class VAEConfig:
         counts = ("in_channels", "out_channels", "latent_channels", "layers_per_block")
         values = [(name, getattr(self, name)) for name in (*counts, "norm_num_groups")]
         for name, value in (*values, *(("block_out_channels", c) for c in self.block_out_channels)):
-            if type(value) is not int or value < 1:
-                raise InputError(f"VAE {name} is {value!r}; it must be a positive integer")
-        if not self.block_out_channels:
-            raise InputError("VAE block_out_channels is empty; it needs one width per resolution")
+            if type(value) is not int or not 1 <= value <= MAX_SIZE:
+                raise InputError(
+                    f"VAE {name} is {value!r:.99}; it must be an integer in 1..{MAX_SIZE}"
+                )
+        if not 1 <= len(self.block_out_channels) <= MAX_DEPTH:
+            raise InputError(
+                f"VAE block_out_channels has {len(self.block_out_channels)} widths; it needs one "
+                f"per resolution, 1 to {MAX_DEPTH} of them"
+            )
+        if self.layers_per_block > MAX_DEPTH:
+            raise InputError(
+                f"VAE layers_per_block is {self.layers_per_block}; at most {MAX_DEPTH}"
+            )
         for width in self.block_out_channels:
             if width % self.norm_num_groups:
                 raise InputError(

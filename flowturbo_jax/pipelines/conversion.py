@@ -1,31 +1,26 @@
 """From published files to a model directory and back: read, check, name, write."""
 
 import dataclasses
-import functools
 import os
-import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import jax
-import jax.numpy as jnp
 import numpy as np
-from flax import linen as nn
 from safetensors.numpy import save_file
 
-from flowturbo_jax import architecture, class_names, convert, hub, model_directory, path
-from flowturbo_jax.interfaces import InputError, Params
+from flowturbo_jax import architecture, class_names, convert, hub, model_directory
+from flowturbo_jax.interfaces import InputError
 from flowturbo_jax.model_description import Description
 from flowturbo_jax.models import SiTConfig, VAEConfig
-from flowturbo_jax.weights.files import Weights, open_folder, open_weights, sha256_of
+from flowturbo_jax.pipelines.velocity_check import check_direction, check_objective
+from flowturbo_jax.weights import Weights, open_folder, open_weights, sha256_of
+from flowturbo_jax.weights.json_file import read_json
 from flowturbo_jax.weights.tensor import Tensor
 
 OFFICIAL_CHANNELS = 3  # FlowTurbo models_assemble.py, forward_with_cfg: of 4 latent channels
 PAPER_SCALE = 1.5  # the FID tables
 STABLE_DIFFUSION_FACTOR = 8  # image pixels per latent pixel, where no VAE says otherwise
-# A velocity toward data has a cosine near -1 with the noise it starts from, predicted noise near 1.
-NOISE_COSINE = 0.5
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,7 +102,7 @@ def convert_model(
         except InputError as error:
             raise InputError(f"{name}: {error}") from error
         if name == "predictor" and sources.check_direction:
-            _check_direction(modules[name], params[name], network.config)
+            check_direction(modules[name], params[name], network.config)
     model_directory.save(
         out, description, params["predictor"], params.get("refiner"), params.get("vae")
     )
@@ -152,35 +147,6 @@ def export(
     finally:
         draft.unlink(missing_ok=True)
     return state
-
-
-def _check_direction(module: nn.Module, params: Params, config: SiTConfig) -> None:
-    """Refuses a predictor whose output at t = 0 points toward the noise instead of away from it.
-
-    Random weights point nowhere and pass.
-
-    Raises:
-      InputError: it does, as DiT's and other noise-predicting weights do.
-    """
-    arrays = jax.tree.map(jnp.asarray, params)
-    cosine = float(_noise_cosine(arrays, module=module, config=config))
-    for array in jax.tree.leaves(arrays):  # now, so that the copy is gone before the next one
-        array.delete()
-    if cosine > NOISE_COSINE:
-        raise InputError(
-            f"at t = 0 the predictor's output points toward the noise (cosine {cosine:.2f}), where "
-            "a velocity points to the data: these are weights of a noise-predicting model such as "
-            'DiT, or of a reversed clock (then give a config with {"reversed_time": true})'
-        )
-
-
-@functools.partial(jax.jit, static_argnames=("module", "config"))
-def _noise_cosine(params: Params, *, module: nn.Module, config: SiTConfig) -> jax.Array:
-    noise = path.sample_noise(jnp.zeros(1, jnp.uint32), jnp.zeros(1, jnp.uint32), config.shape)
-    label = config.null_label if config.null_label is not None else 0
-    labels = jnp.full(1, label, jnp.int32) if config.num_classes else None
-    out = module.apply({"params": params}, noise, jnp.zeros(()), labels)
-    return jnp.vdot(out, noise) / (jnp.linalg.norm(out) * jnp.linalg.norm(noise) + 1e-12)
 
 
 def _read_all(sources: Sources, report: Callable[[str], Any]) -> dict[str, _Read]:
@@ -232,9 +198,9 @@ def _read_sit(sources: Sources, role: str, report: Callable[[str], Any]) -> _Rea
         file = hub.fetch(reference)
         digest = _verified(file, sources.sha256.get(role))
         weights = open_weights(file, sources.which)
-        _check_objective(file, weights)
+        check_objective(file, weights)
         state, dropped = convert.with_known_names("sit", weights.tensors)
-        given = {} if config_file is None else architecture.read_config(config_file)
+        given = {} if config_file is None else read_json(config_file)
         config = architecture.sit_config(
             state, given, refiner=role == "refiner", reversed_time=bool(dropped)
         )
@@ -273,25 +239,14 @@ def _source(weights: Weights, digest: str) -> dict[str, Any]:
 def _verified(file: Path, expected: str | None) -> str:
     """The file's sha256, after comparing it with the expected one."""
     if expected is not None:
+        if file.name.endswith(".index.json"):
+            raise InputError(
+                f"{file.name} is an index of several files, so one sha256 says nothing; leave it "
+                "out, model.json will hold that of each"
+            )
         hub.check_sha256(file, expected)
         return expected.lower()
     return sha256_of(file)
-
-
-def _check_objective(file: Path, weights: Weights) -> None:
-    """Refuses weights that say themselves that they predict something else than our velocity."""
-    said = {
-        key: str(weights.arguments.get(key, "")) for key in ("model", "prediction", "path_type")
-    }
-    if re.match(r"DiT\b", said["model"]) or re.match(r"DiT-", file.name):
-        raise InputError(f"{file.name} holds a DiT, which predicts noise; a velocity is needed")
-    if said["prediction"] not in ("", "velocity", "v"):
-        raise InputError(f"{file.name} was trained to predict {said['prediction']}, not velocity")
-    if said["path_type"].lower() not in ("", "linear"):
-        raise InputError(
-            f"{file.name} was trained on the path {said['path_type']!r}; only the linear one, "
-            "x = (1 - t) noise + t data, is sampled here"
-        )
 
 
 def _describe(sources: Sources, networks: Mapping[str, _Read]) -> Description:

@@ -9,10 +9,13 @@ from pathlib import Path
 from typing import NamedTuple
 
 from flowturbo_jax.interfaces import InputError
+from flowturbo_jax.weights.regular_file import open_unnamed, stamp_of
 from flowturbo_jax.weights.tensor import quoted
 
-MAX_DIRECTORY = 16 << 20  # bytes, some 200,000 records
+MAX_DIRECTORY = 8 << 20  # bytes, some 100,000 records
 MAX_RECORDS = 100_000
+MAX_NAME = 1 << 10  # characters; a file name and "/data/1234" are shorter
+ENTRY = b"PK\x01\x02"  # begins each entry of the directory; APPNOTE.TXT 4.3.12
 CHUNK = 1 << 20
 LOCAL_HEADER = struct.Struct("<4s22xHH")  # signature, lengths of name and extra; APPNOTE.TXT 4.3.7
 ENCRYPTED = 0x1 | 0x40  # general purpose bits 0 and 6; APPNOTE.TXT 4.4.4
@@ -41,10 +44,14 @@ class Record(NamedTuple):
 class Archive:
     """The records of a zip file. The file is open during each read only.
 
+    A file whose checksums are all 0 was written without any, as PyTorch can be told to
+    (`torch.serialization.set_crc32_options(False)`); its damage cannot be noticed.
+
     Attributes:
       path: of the file.
-      size: of the file, in bytes.
+      stamp: of the file when its directory was read; later reads refuse another one.
       records: by name.
+      has_checksums: whether there are any.
     """
 
     def __init__(self, path: Path):
@@ -59,31 +66,34 @@ class Archive:
         self._intact: set[str] = set()
         for info in self._directory():
             name, shown = info.orig_filename, f"its record {quoted(info.orig_filename)}"
+            if len(name) > MAX_NAME:
+                raise InputError(f"{shown} has a name of {len(name)} characters: it is damaged")
             if name in self.records:
                 raise InputError(f"{shown} occurs twice: the file is damaged or made to mislead")
             if info.flag_bits & ENCRYPTED:
                 raise InputError(f"{shown} is encrypted; only plain files are read")
             size, place = info.compress_size, info.header_offset
-            if not 0 <= place <= self.size - size - LOCAL_HEADER.size:
+            if not 0 <= place <= self.stamp.size - size - LOCAL_HEADER.size:
                 raise InputError(f"{shown} lies outside of the file: it is damaged")
             is_stored = info.compress_type == zipfile.ZIP_STORED and info.file_size == size
             self.records[name] = Record(name, place, size, info.CRC, is_stored)
-        if sum(record.size for record in self.records.values()) > self.size:
+        if sum(record.size for record in self.records.values()) > self.stamp.size:
             raise InputError("its records overlap: the file is damaged or made to mislead")
+        self.has_checksums = any(record.crc for record in self.records.values())
 
     def _directory(self) -> list[zipfile.ZipInfo]:
-        try:
-            with open(self.path, "rb") as raw, zipfile.ZipFile(_BoundedReads(raw)) as archive:
-                self.size = os.fstat(raw.fileno()).st_size
-                entries = archive.infolist()
-        except DAMAGED as error:
-            raise InputError(
-                "it begins as a zip file but has no sound directory at its end: the download was "
-                "cut short, or the file is damaged; get it again"
-            ) from error
-        if len(entries) > MAX_RECORDS:
-            raise InputError(f"it lists {len(entries)} records; at most {MAX_RECORDS} are read")
-        return entries
+        with open_unnamed(self.path) as file:
+            self.stamp = stamp_of(file)
+            try:
+                with zipfile.ZipFile(_BoundedReads(file)) as archive:
+                    return archive.infolist()
+            except InputError:
+                raise
+            except DAMAGED as error:
+                raise InputError(
+                    "it begins as a zip file but has no sound directory at its end: the download "
+                    "was cut short, or the file is damaged; get it again"
+                ) from error
 
     def find(self, name: str) -> Record:
         """The record of that name, if it can be read.
@@ -118,13 +128,13 @@ class Archive:
         The first read of a record goes through all of it, for the checksum; later ones do not.
 
         Raises:
-          InputError: the file is damaged, or cannot be read any more.
+          InputError: the file is damaged, changed since it was opened, or cannot be read.
         """
         record = self.find(name)
         try:
-            with open(self.path, "rb", buffering=0) as file:
+            with open_unnamed(self.path, self.stamp) as file:
                 self._seek(file, record)
-                if name in self._intact:
+                if name in self._intact or not self.has_checksums:
                     file.seek(start, os.SEEK_CUR)
                     _fill(file, target, 0)
                     return
@@ -132,7 +142,7 @@ class Archive:
                 crc = _fill(file, target, crc)
                 crc = _skip(file, record.size - start - len(target), crc)
         except (OSError, EOFError) as error:
-            raise InputError(f"its record {quoted(name)} cannot be read: {error}") from error
+            raise InputError(f"its record {quoted(name)} cannot be read ({error})") from error
         if crc != record.crc:
             raise InputError(
                 f"its record {quoted(name)} does not have the checksum the file gives: the "
@@ -140,7 +150,7 @@ class Archive:
             )
         self._intact.add(name)
 
-    def _seek(self, file: io.FileIO, record: Record) -> None:
+    def _seek(self, file: io.BufferedReader, record: Record) -> None:
         """Goes to the first byte of a record, which its local header precedes."""
         file.seek(record.header_offset)
         header = file.read(LOCAL_HEADER.size)
@@ -158,11 +168,14 @@ class _BoundedReads:
 
     def read(self, size: int = -1) -> bytes:
         if size > MAX_DIRECTORY:
-            raise zipfile.BadZipFile(f"a directory of {size} bytes")
-        return self._file.read(size if size >= 0 else MAX_DIRECTORY)
+            raise InputError(f"its directory has {size} bytes; at most {MAX_DIRECTORY} are read")
+        content = self._file.read(size if size >= 0 else MAX_DIRECTORY)
+        if (count := content.count(ENTRY)) > MAX_RECORDS:  # before zipfile makes objects of them
+            raise InputError(f"it lists {count} records; at most {MAX_RECORDS} are read")
+        return content
 
 
-def _fill(file: io.FileIO, target: memoryview, crc: int) -> int:
+def _fill(file: io.BufferedReader, target: memoryview, crc: int) -> int:
     """Reads until `target` is full; returns the checksum continued from `crc`."""
     position = 0
     while position < len(target):
@@ -175,7 +188,7 @@ def _fill(file: io.FileIO, target: memoryview, crc: int) -> int:
     return crc
 
 
-def _skip(file: io.FileIO, length: int, crc: int) -> int:
+def _skip(file: io.BufferedReader, length: int, crc: int) -> int:
     """Reads over bytes that only the checksum needs."""
     scratch = memoryview(bytearray(min(length, CHUNK)))
     while length:

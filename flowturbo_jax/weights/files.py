@@ -1,7 +1,7 @@
 """Opens weights wherever they come from: single files, training checkpoints, shards, folders."""
 
 import hashlib
-import json
+import math
 import os
 import re
 from collections.abc import Iterable
@@ -9,8 +9,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from flowturbo_jax.interfaces import InputError
+from flowturbo_jax.weights.json_file import read_index, read_json
 from flowturbo_jax.weights.kinds import kind_of
-from flowturbo_jax.weights.pickled_values import Namespace
+from flowturbo_jax.weights.pickled_values import Inert, Namespace
+from flowturbo_jax.weights.regular_file import open_regular, stamp_of
 from flowturbo_jax.weights.safetensors_file import open_safetensors
 from flowturbo_jax.weights.tensor import Tensor, quoted
 from flowturbo_jax.weights.torch_file import open_torch_file
@@ -28,8 +30,11 @@ FOLDER_FILES = (  # full precision before half, then the safer and faster format
     "model.safetensors",
     "pytorch_model.bin",
 )
-SHARD_NAME = re.compile(r"[\w. -]*\w[\w. -]*")  # no way out of the folder
-MAX_JSON = 16 << 20  # bytes
+# Several tensors may share a storage, and one tensor may have several names. Weights in half
+# precision, half of which are tied, take 4 times their file as float32; a tiny file may share more.
+MAX_SHARING = 4  # bytes of all tensors as float32 or wider, per byte of the file
+MAX_READING = 16  # bytes to read for all tensors, per byte of the file: they may be scattered
+ALLOWANCE = 64 << 20  # bytes
 MAX_ARGUMENTS = 10_000
 MAX_LISTED = 1_000  # elements of a list among the arguments
 SHOWN = 5  # names in a message
@@ -102,7 +107,7 @@ def open_folder(
         folder = folder / part
     if not os.path.isfile(folder / "config.json"):
         raise InputError(f"{folder} has no config.json; give the folder of a model")
-    config = _read_json(folder / "config.json")
+    config = read_json(folder / "config.json")
     for name in FOLDER_FILES:
         if os.path.isfile(folder / name):
             return config, open_weights(folder / name, which)
@@ -115,11 +120,11 @@ def sha256_of(path: str | Path) -> str:
     Raises:
       InputError: the file cannot be read.
     """
-    try:
-        with Path(path).open("rb") as file:
+    with open_regular(path) as file:
+        try:
             return hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError as error:
-        raise InputError(f"cannot read {path}: {error.strerror}") from error
+        except OSError as error:
+            raise InputError(f"cannot read {path}: {error.strerror}") from error
 
 
 def _open_file(path: Path, which: str) -> tuple[dict[str, Tensor], str, dict[str, Any]]:
@@ -132,30 +137,64 @@ def _open_file(path: Path, which: str) -> tuple[dict[str, Tensor], str, dict[str
     parts = {name: part for name, part in tree.items() if type(part) is dict}
     if not any(name in parts for name in PARTS["ema"]):
         if not any(isinstance(value, Tensor) for value in tree.values()):
-            raise InputError(
-                f"{path} is no state dict and no training checkpoint: it has {_listed(tree)} at "
-                "the top; save the state dict alone"
-            )
+            raise InputError(_without_weights(path, tree))
         return _state_dict(path, tree), "", {}
     taken = next((name for name in PARTS[which] if name in parts), None)
     if taken is None:
         raise InputError(f"{path} has no {which!r}; it has {_listed(tree)}")
-    return _state_dict(path, parts[taken]), taken, _arguments(tree.get("args"))
+    try:
+        state = _state_dict(path, parts[taken])
+    except InputError as error:
+        other = "model" if taken == "ema" else "ema"
+        advice = any(name in parts for name in PARTS[other] if name != taken)
+        hint = f"; its {other} may do: --weights {other}" if advice else ""
+        raise InputError(f"cannot take {taken!r}: {error}{hint}") from error
+    return state, taken, _arguments(tree.get("args"))
+
+
+def _without_weights(path: Path, tree: dict[Any, Any]) -> str:
+    """What to do about a file without a state dict where one is looked for."""
+    parts = (name for name, part in tree.items() if type(name) is str and _has_tensors(part))
+    part = quoted(next(parts, "ema"))
+    return (
+        f"{path} is no state dict and no training checkpoint: it has {_listed(tree)} at the top; "
+        f"save its weights alone: torch.save(torch.load(f, weights_only=True)[{part}], g)"
+    )
+
+
+def _has_tensors(part: Any) -> bool:
+    return type(part) is dict and any(isinstance(value, Tensor) for value in part.values())
 
 
 def _state_dict(path: Path, state: dict[Any, Any]) -> dict[str, Tensor]:
-    """Checks that a dict maps names to tensors."""
+    """Checks that a dict maps names to tensors, which the memory can hold."""
     if not state:
         raise InputError(f"{path} holds no tensors where weights should be")
+    memory = reading = 0
     for name, value in state.items():
         if type(name) is not str:
             kind = type(name).__name__
             raise InputError(f"{path} names a weight by a value of type {kind}, not by a string")
         if not isinstance(value, Tensor):
+            kind = quoted(value.name) if isinstance(value, Inert) else type(value).__name__
             raise InputError(
-                f"{path} holds a value of type {type(value).__name__} under {quoted(name)}, where "
+                f"{path} holds a value of type {kind} under {quoted(name)}, where "
                 "a tensor should be; save the state dict alone"
             )
+        memory += math.prod(value.shape) * max(value.dtype.itemsize, 4)
+        reading += value.extent
+    with open_regular(path) as file:
+        size = stamp_of(file).size
+    if memory > MAX_SHARING * size + ALLOWANCE:
+        raise InputError(
+            f"{path} has {size} bytes, but its tensors take {memory}: they share storages far more "
+            "than tied weights do"
+        )
+    if reading > MAX_READING * size + ALLOWANCE:
+        raise InputError(
+            f"{path} has {size} bytes, but {reading} must be read for its tensors, which are "
+            "scattered; save each with .contiguous()"
+        )
     return state
 
 
@@ -193,47 +232,19 @@ def _without_wrappers(path: Path, state: dict[str, Tensor]) -> dict[str, Tensor]
 
 def _open_shards(path: Path) -> tuple[dict[str, Tensor], tuple[Path, ...]]:
     """The tensors of all the files that an index names, and these files."""
-    weight_map = _read_json(path).get("weight_map")
-    if type(weight_map) is not dict or not weight_map:
-        raise InputError(f"{path} has no weight_map; it must say which file holds which tensor")
-    for file in weight_map.values():
-        if not isinstance(file, str) or not SHARD_NAME.fullmatch(file):
-            shown = (
-                quoted(file) if isinstance(file, str) else f"a value of type {type(file).__name__}"
-            )
-            raise InputError(f"{path} names {shown} as a shard; wanted is a file name beside it")
     state: dict[str, Tensor] = {}
-    files = sorted(set(weight_map.values()))
-    for file in files:
-        shard, origin, _ = _open_file(path.with_name(file), "model")
-        wanted = {name for name, where in weight_map.items() if where == file}
+    shards = {path.with_name(file): wanted for file, wanted in read_index(path).items()}
+    for file, wanted in shards.items():
+        shard, origin, _ = _open_file(file, "model")
         if origin:
-            raise InputError(f"{path.with_name(file)} is a training checkpoint, not a shard")
+            raise InputError(f"{file} is a training checkpoint, not a shard")
         if shard.keys() != wanted:
             raise InputError(
-                f"{path.with_name(file)} does not hold the tensors that {path.name} says; they "
-                f"differ in {_listed(shard.keys() ^ wanted)}: get both files again"
+                f"{file} does not hold the tensors that {path.name} says; they differ in "
+                f"{_listed(shard.keys() ^ wanted)}: get both files again"
             )
         state.update(shard)
-    return state, tuple(path.with_name(file) for file in files)
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        with path.open("rb") as file:
-            content = file.read(MAX_JSON + 1)
-    except OSError as error:
-        raise InputError(f"cannot read {path}: {error.strerror}") from error
-    if len(content) > MAX_JSON:
-        raise InputError(f"{path} is too large for a JSON file; at most {MAX_JSON} bytes are read")
-    try:
-        value = json.loads(content)
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"cannot read {path} as JSON: {quoted(str(error))}") from error
-    if not isinstance(value, dict):
-        kind = type(value).__name__
-        raise InputError(f"{path} must hold a JSON object, not a value of type {kind}")
-    return value
+    return state, tuple(shards)
 
 
 def _listed(names: Iterable[Any]) -> str:

@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Literal
 
 from flowturbo_jax.interfaces import InputError
+from flowturbo_jax.weights.regular_file import open_regular
 
 HEAD = 512  # bytes looked at; a tar file names itself at 257
-MAX_SAFETENSORS_HEADER = 100_000_000  # bytes, as the safetensors library
+SAFETENSORS_HEADER = 100_000_000  # bytes; the safetensors library writes no longer ones
 # torch.save before PyTorch 1.6: a pickle of protocol 2 of the number 0x1950a86a20f9469cfc6c.
 LEGACY_TORCH = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
 RESAVE = 'torch.save(torch.load("old.pt", map_location="cpu", weights_only=True), "new.pt")'
@@ -72,17 +73,15 @@ def kind_of(path: Path) -> Literal["torch", "safetensors"]:
         raise InputError(f"{path} is a folder; give the weights file inside it")
     if not os.path.exists(path):
         raise InputError(f"there is no weights file at {path}; check the name")
-    if not os.path.isfile(path):
-        raise InputError(f"{path} is no regular file; give a .pt or .safetensors file")
-    try:
-        with path.open("rb") as file:
+    with open_regular(path) as file:
+        try:
             head = file.read(HEAD)
-    except OSError as error:
-        raise InputError(f"cannot read {path}: {error.strerror}; check who may read it") from error
+        except OSError as error:
+            raise InputError(f"cannot read {path}: {error.strerror}") from error
     if head.startswith(b"PK\x03\x04"):
         return "torch"
     # A safetensors file is the length of its header, 8 bytes, then the header, which is JSON.
-    if head[8:9] == b"{" and int.from_bytes(head[:8], "little") <= MAX_SAFETENSORS_HEADER:
+    if head[8:9] == b"{" and int.from_bytes(head[:8], "little") <= SAFETENSORS_HEADER:
         return "safetensors"
     for is_kind, message in OTHER_KINDS:
         if is_kind(head):

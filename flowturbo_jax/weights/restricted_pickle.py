@@ -12,7 +12,8 @@ from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from flowturbo_jax.interfaces import InputError
-from flowturbo_jax.weights.pickled_values import PLAIN, Namespace, check_depth, key, plain_set
+from flowturbo_jax.weights.kinds import RESAVE
+from flowturbo_jax.weights.pickled_values import BESIDE, PLAIN, Inert, Keys, Namespace, check_depth
 from flowturbo_jax.weights.tensor import quoted
 
 # A training checkpoint (model, moving average, AdamW's state) was measured to take 230 steps and
@@ -20,6 +21,7 @@ from flowturbo_jax.weights.tensor import quoted
 MAX_BYTES = 16 << 20
 MAX_STEPS = 2_000_000  # opcodes, and elements or characters that a REDUCE could copy
 SET_STEPS = 4  # an empty set takes four times the memory of an empty list
+PERSISTENT_STEPS = 4  # a storage is looked up, and compared with what was said of it before
 MAX_STACK = 100_000
 MAX_MARKS = 1_000
 MAX_STRING = 1 << 18
@@ -43,21 +45,24 @@ def load(
 
     Args:
       data: the pickle, protocol 2 to 5.
-      allowed: what dotted names stand for, beside `PLAIN`: a function of the argument tuple, or
-        the value itself. It is to raise InputError for arguments it does not know.
+      allowed: what dotted names stand for, in addition to `PLAIN` and `BESIDE`: a function of the
+        argument tuple, or the value itself. It is to raise InputError for arguments it does not
+        know.
       persistent: makes a value of a persistent id; without it such ids are refused.
 
     Returns:
-      A tree of dicts, lists, tuples, sets, plain values, `Namespace`s, and what `allowed` and
-      `persistent` returned; without cycles, at most `MAX_DEPTH` deep. The same container may
-      occur many times in it: a walk over all paths could take for ever.
+      A tree of dicts, lists, tuples, sets, plain values, `Namespace`s, `Inert`s, and what
+      `allowed` and `persistent` returned; without cycles, at most `MAX_DEPTH` deep. The same
+      container may occur many times in it: a walk over all paths could take for ever.
 
     Raises:
       InputError: the pickle is damaged, too large, or names something that is not allowed.
     """
     if len(data) > MAX_BYTES:
         raise InputError(f"its pickle takes {len(data)} bytes; at most {MAX_BYTES} are read")
-    machine = _Machine({**PLAIN, **allowed}, persistent)
+    if data and data[:1] != b"\x80":
+        raise InputError(f"its pickle is of protocol 0 or 1, not 2 to 5; save it anew: {RESAVE}")
+    machine = _Machine({**PLAIN, **BESIDE, **allowed}, persistent)
     value = machine.run(io.BytesIO(data))
     check_depth(value)
     return value
@@ -67,11 +72,12 @@ class _Machine:
     """The stack, the marks on it, and the memo."""
 
     def __init__(self, allowed: Mapping[str, Any], persistent: Callable[[Any], Any] | None):
-        self.allowed = allowed
+        self.keys = keys = Keys()
+        self.allowed = {**allowed, "builtins.set": keys.set_of, "builtins.frozenset": keys.set_of}
         self.persistent = persistent
         self.stack: list[Any] = []
         self.marks: list[int] = []  # heights of the stack; what lies below the last is out of reach
-        self.memo: dict[int, Any] = {}
+        self.memo: list[Any] = []  # a dict's keys would be numbers that the file chooses
         self.steps = 0
 
     def run(self, stream: io.BytesIO) -> Any:
@@ -130,19 +136,23 @@ class _Machine:
         self.push(value)
 
     def remember(self, index: int) -> None:
-        self.memo[index] = self.top()
+        if index > len(self.memo):
+            raise InputError("its pickle is damaged: it does not number its memo from 0 on")
+        self.memo[index : index + 1] = [self.top()]
 
     def recall(self, index: int) -> None:
-        if index not in self.memo:
+        if index >= len(self.memo):
             raise InputError("its pickle is damaged: it recalls what it never stored")
         self.push(self.memo[index])
 
     def set_items(self, items: list[Any]) -> None:
+        if type(self.top()) is Inert:
+            return
         target = self.top(dict)
         if len(items) % 2:
             raise InputError("its pickle is damaged: a key has no value")
         for name, value in zip(items[::2], items[1::2], strict=True):
-            target[key(name)] = value
+            target[self.keys.key(name)] = value
 
     def name(self, module: str, name: str) -> None:
         module = {"__builtin__": "builtins"}.get(module, module)  # as protocol 2 spells it
@@ -164,15 +174,16 @@ class _Machine:
         self.push(function.make(arguments))
 
     def build(self) -> None:
-        state, target = self.pop(dict), self.top()
-        if type(target) is Namespace and target.fields is None:
+        state, target = self.pop(), self.top()
+        if type(target) is Namespace and target.fields is None and type(state) is dict:
             target.fields = state
-        elif type(target) is not dict:  # a dict's state is its attributes, such as _metadata
+        elif type(target) not in (dict, Inert):  # a dict has attributes, such as _metadata
             raise InputError("its pickle is damaged: it sets attributes of a plain value")
 
     def persistent_id(self) -> None:
         if self.persistent is None:
             raise InputError("its pickle refers to data outside of it")
+        self.spend(PERSISTENT_STEPS)
         self.push(self.persistent(self.pop()))
 
 
@@ -200,7 +211,7 @@ def _append(machine: _Machine, items: list[Any]) -> None:
 
 
 def _add(machine: _Machine, items: list[Any]) -> None:
-    machine.top(set).update(key(item) for item in items)
+    machine.top(set).update(map(machine.keys.member, items))
 
 
 def _global_of_stack(machine: _Machine) -> None:
@@ -237,7 +248,7 @@ ACTIONS: Mapping[str, Callable[[_Machine, Any], None]] = {
     "TUPLE2": lambda machine, _: machine.push(machine.pop_many(2)),
     "TUPLE3": lambda machine, _: machine.push(machine.pop_many(3)),
     "TUPLE": lambda machine, _: machine.push(tuple(machine.pop_to_mark())),
-    "FROZENSET": lambda machine, _: machine.push(plain_set((machine.pop_to_mark(),))),
+    "FROZENSET": lambda machine, _: machine.push(machine.keys.set_of((machine.pop_to_mark(),))),
     "APPEND": lambda machine, _: _append(machine, list(machine.pop_many(1))),
     "APPENDS": lambda machine, _: _append(machine, machine.pop_to_mark()),
     "ADDITEMS": lambda machine, _: _add(machine, machine.pop_to_mark()),

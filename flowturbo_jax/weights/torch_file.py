@@ -1,5 +1,6 @@
 """PyTorch's zip files (.pt, .pth, .bin) without PyTorch: a pickle, and a record per storage."""
 
+import functools
 import math
 import sys
 from collections.abc import Mapping
@@ -11,7 +12,7 @@ import numpy as np
 from flowturbo_jax.interfaces import InputError
 from flowturbo_jax.weights import restricted_pickle
 from flowturbo_jax.weights.archive import Archive
-from flowturbo_jax.weights.tensor import BFLOAT16, Tensor, quoted
+from flowturbo_jax.weights.tensor import BFLOAT16, Tensor, quoted, too_large
 
 # Names, and orders of arguments below, as torch.save of PyTorch 1.6 to 2.13 writes them.
 STORAGES = {
@@ -32,11 +33,7 @@ DTYPE_NAMES = (
 )
 MAX_DIMENSIONS = 16
 MAX_TENSOR_BYTES = 1 << 44
-# A tensor may be larger than what is stored of it (`expand`), and several may share a storage;
-# neither may make a small file fill the memory.
-MAX_EXPANDED = 1 << 24  # elements
-MAX_SHARING = 16  # bytes of all tensors per byte of the file
-SHARING_ALLOWANCE = 64 << 20  # bytes, so that a tiny file may share more
+MAX_EXPANDED = 1 << 24  # elements of a tensor that is larger than what is stored of it (`expand`)
 
 
 class Storage(NamedTuple):
@@ -110,7 +107,6 @@ class _Rebuilder:
         self.prefix = prefix
         self.swap = swap
         self.storages: dict[str, Storage] = {}
-        self.total = 0  # bytes of all tensors
 
     def allowed(self) -> Mapping[str, Any]:
         return {
@@ -128,17 +124,21 @@ class _Rebuilder:
     def storage(self, persistent_id: Any) -> Storage:
         match persistent_id:
             case ("storage", np.dtype() as dtype, str(key), str(_), int(count)):
-                storage = Storage(f"{self.prefix}/data/{key}", dtype, count)
+                known = self.storages.get(key)
             case _:
                 raise InputError("its pickle is damaged: a tensor lies in no known kind of storage")
-        if self.storages.setdefault(key, storage) != storage:
-            raise InputError(f"its storage {quoted(key)} is described in two different ways")
+        if known is not None:  # returned itself: many copies, each with its name, take memory
+            if (known.dtype, known.count) != (dtype, count):
+                raise InputError(f"its storage {quoted(key)} is described in two different ways")
+            return known
+        storage = Storage(f"{self.prefix}/data/{key}", dtype, count)
         size = self.archive.find(storage.record).size
         if count * dtype.itemsize != size:
             raise InputError(
                 f"its storage {quoted(key)} has {size} bytes, not {count} {dtype.name} numbers: "
                 "the file is damaged"
             )
+        self.storages[key] = storage
         return storage
 
     def tensor(self, arguments: tuple) -> Tensor:
@@ -168,16 +168,17 @@ class _Rebuilder:
                 f"it holds a tensor of shape {quoted(str(shape))} expanded from "
                 f"{storage.count} numbers; at most {MAX_EXPANDED} are read"
             )
-        self.total += count * storage.dtype.itemsize
-        if self.total > MAX_SHARING * self.archive.size + SHARING_ALLOWANCE:
-            raise InputError(
-                f"its tensors share storages: they would take over {MAX_SHARING} times the "
-                "memory of the file"
-            )
         view = _View(offset, shape, strides, extent if count else 0)
-        return Tensor(shape, storage.dtype, lambda: self.read(storage, view))
+        read = functools.partial(self.read, storage, view)
+        return Tensor(shape, storage.dtype, read, view.extent * storage.dtype.itemsize)
 
     def read(self, storage: Storage, view: "_View") -> np.ndarray:
+        try:
+            return self._read(storage, view)
+        except MemoryError as error:
+            raise InputError(too_large(self.archive.path, view.shape, storage.dtype)) from error
+
+    def _read(self, storage: Storage, view: "_View") -> np.ndarray:
         if view.extent == 0:
             return np.empty(view.shape, storage.dtype)
         plain = view.is_contiguous()
