@@ -9,6 +9,8 @@ numbers; changed ones cannot be told, and only names, shapes and dtypes have to 
 """
 
 import argparse
+import json
+import os
 import random
 import resource
 import signal
@@ -26,15 +28,19 @@ from safetensors.numpy import save_file
 sys.path.insert(0, str(Path(__file__).parent.parent))  # works from a checkout that is not installed
 
 import torch_file_writer as writer
-from weight_mutations import HOSTILE, MARKER, change_archive, change_raw
+from weight_attacks import HOSTILE, MARKER, hostile_archives, hostile_json
+from weight_mutations import change_archive, change_json, change_raw
 
 from flowturbo_jax.interfaces import InputError
 from flowturbo_jax.weights import open_weights
+from flowturbo_jax.weights.json_file import read_json
 
 GOLDEN = Path(__file__).parent / "fixtures" / "golden"
 SECONDS = 5  # for one file
+SHARD = "plain.pt"
 MEMORY = 512 << 20  # bytes beyond those taken at the start
 MESSAGE = 1000  # characters
+WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
 SAFETENSORS, MALICIOUS = "small.safetensors", "malicious_args.pt"
 
 
@@ -65,7 +71,7 @@ class Watch:
     def note(self, event: str, args: tuple) -> None:
         if not self.active:
             return
-        writes = event == "open" and not (args[1] is None or set(args[1]) <= set("rb"))
+        writes = event == "open" and args[2] & WRITING  # os.open gives no mode, only flags
         if writes or event.startswith(self.PREFIXES):
             self.events.append(f"{event} {args!r:.100}")
 
@@ -115,13 +121,26 @@ def same(found: dict[str, np.ndarray], wanted: dict[str, np.ndarray]) -> bool:
     return content(found) == content(wanted)
 
 
+def make_documents() -> list[bytes]:
+    """The index of a model of one shard, and a configuration."""
+    index = {"metadata": {"total_size": 9}, "weight_map": dict.fromkeys("wb", SHARD)}
+    config = {"_class_name": "VAE", "channels": [128, 256], "eps": 1e-6, "on": True, "act": None}
+    return [json.dumps(document).encode() for document in (index, config)]
+
+
 class Fuzzer:
     """Makes the file of a number, opens it, and judges what happened."""
 
     def __init__(self, folder: Path, seed: int):
         self.seed = seed
         self.path = folder / "mutant"
+        self.document = folder / "mutant.index.json"
         self.seeds = make_seeds(folder)
+        self.documents = make_documents()
+        self.attacks = [
+            *(("pickle", blob) for blob in hostile_archives()),
+            *(("json", blob) for blob in hostile_json()),
+        ]
         self.watch = Watch()
         # Doing everything once also loads what Python loads at first use.
         self.intact = [
@@ -130,6 +149,9 @@ class Fuzzer:
             if name != MALICIOUS
             for which in ("ema", "model")
         ]
+        for content in self.documents:
+            self.document.write_bytes(content)
+            read_json(self.document)
         signal.signal(signal.SIGALRM, self.too_slow)
 
     def too_slow(self, *_):
@@ -146,6 +168,10 @@ class Fuzzer:
         weights = [1 if name == MALICIOUS else 4 for name in names]  # it is refused in any form
         name, other = rng.choices(names, weights, k=2)
         which = rng.choice(("ema", "model"))
+        if number - 2 * len(HOSTILE) in range(len(self.attacks)):
+            return *self.attacks[number - 2 * len(HOSTILE)], which
+        if number >= 2 * len(HOSTILE) + len(self.attacks) and rng.random() < 0.1:
+            return "json", change_json(rng, *rng.choices(self.documents, k=2)), which
         if number < len(HOSTILE) * 2:  # each alone in a file, as a value and as the whole
             pickle = b"\x80\x02}" + HOSTILE[number // 2] + (b"." if number % 2 else b"s.")
             writer.save(self.path, None, **{"data.pkl": pickle})
@@ -158,12 +184,13 @@ class Fuzzer:
 
     def open(self, number: int) -> Outcome:
         kind, blob, which = self.mutant(number)
-        self.write(blob)
+        (self.document if kind == "json" else self.path).write_bytes(blob)
         self.watch.events.clear()
         signal.setitimer(signal.ITIMER_REAL, SECONDS)
         self.watch.active = True
         try:
-            outcome = self.judge(kind, len(blob), which)
+            judge = self.judge_json if kind == "json" else self.judge
+            outcome = judge(kind, len(blob), which)
         except InputError as error:
             message = str(error)
             clear = "\n" not in message and message.isprintable() and len(message) < MESSAGE
@@ -188,12 +215,18 @@ class Fuzzer:
                 return Outcome(
                     "wrong", f"{name!r} is not of the shape and dtype it is said to have"
                 )
-            if total > 16 * size + (64 << 20):
+            if total > 4 * size + (64 << 20):
                 return Outcome("wrong", f"{total} bytes of tensors in a file of {size}")
             if kind == "raw":
                 arrays[name] = array
         if kind == "raw" and not any(same(arrays, intact) for intact in self.intact):
             return Outcome("wrong", "the tensors are not those of the file before its damage")
+        return Outcome("loaded")
+
+    def judge_json(self, kind: str, size: int, which: str) -> Outcome:
+        if type(read_json(self.document)) is not dict:
+            return Outcome("wrong", "no object")
+        open_weights(self.document, which)
         return Outcome("loaded")
 
 
@@ -210,9 +243,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--only", type=int, help="the number of one file")
     options = parser.parse_args(argv)
     numbers = range(options.count) if options.only is None else [options.only]
-    marker = Path(tempfile.gettempdir()) / MARKER
-    if marker.exists():
-        say(f"{marker} exists already; remove it")
+    if MARKER.exists():
+        say(f"{MARKER} exists already; remove it")
         return 2
     with tempfile.TemporaryDirectory() as folder:
         fuzzer = Fuzzer(Path(folder), options.seed)
@@ -228,7 +260,7 @@ def main(argv: list[str] | None = None) -> int:
             if kind not in ("loaded", "refused") or options.only is not None:
                 findings += kind not in ("loaded", "refused")
                 say(f"file {number}: {kind} {detail}")
-            if marker.exists():
+            if MARKER.exists():
                 say(f"file {number}: it ran a command")
                 return 1
         seconds = time.monotonic() - start

@@ -177,7 +177,7 @@ def test_images_that_do_not_fit_are_refused(shape):
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"block_out_channels": ()}, "block_out_channels is empty"),
+        ({"block_out_channels": ()}, "block_out_channels has 0 widths"),
         ({"block_out_channels": (8, -1)}, "block_out_channels is -1"),
         ({"block_out_channels": (100,)}, "100 is not divisible by norm_num_groups 32"),
         ({"scaling_factor": 0}, "scaling_factor is 0"),

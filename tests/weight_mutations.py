@@ -1,46 +1,15 @@
-"""Damages and attacks on weight files: changed bytes, changed pickles, hostile opcodes."""
+"""Damages of weight files: changed bytes, changed pickles, changed records and documents."""
 
-import functools
 import io
 import itertools
 import pickletools
 import random
 import re
-import struct
 import zipfile
 from collections.abc import Callable
-from pathlib import Path
 
-import numpy as np
+from weight_attacks import HOSTILE, number, zipped
 
-from torch_file_writer import write_zip
-
-MARKER = Path("/tmp/pwned_flowturbo")  # what an attack that ran would have left
-FORBIDDEN = (
-    "os system",
-    "posix system",
-    "subprocess Popen",
-    "builtins eval",
-    "builtins exec",
-    "builtins getattr",
-    "builtins __import__",
-    "__builtin__ open",
-    "functools partial",
-    "operator attrgetter",
-    "importlib import_module",
-    "torch.storage _load_from_bytes",
-    "torch._utils _rebuild_from_type_v2",
-    "torch load",
-    "numpy load",
-    "numpy.core.multiarray fromfile",
-    "collections namedtuple",
-    "pathlib Path",
-    "flowturbo_jax.weights.files open_weights",
-    "torch FloatStorage.__init__",
-    "argparse Namespace.__init__",
-    "collections OrderedDict.__class__",
-    "os\\x20system x",
-)
 NUMBERS = (
     -1,
     0,
@@ -56,123 +25,16 @@ NUMBERS = (
     -(2**63),
     2**70,
 )
-DEEP = 100_000
 
 
-def text(value: str) -> bytes:
-    return b"X" + struct.pack("<I", len(value)) + value.encode()
-
-
-def number(value: int) -> bytes:
-    content = value.to_bytes(value.bit_length() // 8 + 1, "little", signed=True)
-    return b"\x8a" + bytes([len(content)]) + content
-
-
-def attack(name: str) -> bytes:
-    """Opcodes that would make an unpickler call a function to create the marker."""
-    call = text(f"touch {MARKER}") + b"\x85R"
-    return f"c{name.replace(' ', chr(10))}\n".encode() + call
-
-
-def attack_from_stack(name: str) -> bytes:
-    module, function = name.split(" ", 1)
-    return text(module) + text(function) + b"\x93" + text(f"touch {MARKER}") + b"\x85R"
-
-
-def colliding_keys() -> bytes:
-    """A dict of integers that all have one hash."""
-    return b"}(" + b"".join(number(k * (2**61 - 1)) + b"N" for k in range(1, 45_000)) + b"u"
-
-
-@functools.cache
-def clustered(bits: int = 18, run: int = 150_000, count: int = 30_000) -> list[int]:
-    """Numbers that each try tens of thousands of places before a dict has room for them.
-
-    The first ones fill places in the order in which a dict of 2**bits places tries them
-    (CPython, Objects/dictobject.c: 5 i + perturb + 1); the others meet that run and follow it.
-    """
-    mask = (1 << bits) - 1
-    taken, order = np.zeros(mask + 1, bool), [1]
-    while len(order) < run:
-        order.append((5 * order[-1] + 1) & mask)
-    taken[order] = True
-    keys = places = perturb = np.arange(1 << bits, 1 << (bits + 5))
-    places = places & mask
-    while len(keys) and perturb.any():
-        inside = taken[places]
-        keys, perturb, places = keys[inside], perturb[inside] >> 5, places[inside]
-        places = (5 * places + perturb + 1) & mask
-    return [*order, *keys[:count].tolist()]
-
-
-def clustered_keys() -> bytes:
-    body = [number(key) + b"N" for key in clustered()]
-    parts = (body[i : i + 40_000] for i in range(0, len(body), 40_000))
-    chunks = (b"(" + b"".join(part) + b"u" for part in parts)
-    return b"}" + b"".join(chunks)
-
-
-def clustered_memo() -> bytes:
-    return b"N" + b"".join(b"r" + struct.pack("<I", key) for key in clustered())
-
-
-HOSTILE: tuple[bytes, ...] = (
-    b"(" * DEEP,
-    b"]" * DEEP + b"a" * (DEEP - 1),
-    b")" + b"\x85" * DEEP,
-    b"}" + b")" + b"\x85" * DEEP + b"Ns",  # a nested tuple as a key
-    b"\x8f(" + b")" + b"\x85" * DEEP + b"\x90",  # and as a member of a set
-    b"}" + b"K\x00}" * DEEP + b"s" * DEEP,
-    b"".join(b"]r" + struct.pack("<I", i + 500) for i in range(DEEP // 5)) + b"a" * (DEEP // 5 - 1),
-    b"]q\x00h\x00a",  # contains itself
-    b"](K\x01e" + b"q\x00h\x00h\x00\x86" * 70,  # two to the power of 70 paths
-    b"Nr\xff\xff\xff\xff0",
-    b"Nr\xff\xff\xff\x7f",
-    b"j\xff\xff\xff\xff",
-    b"\x8b\xff\xff\xff\x7f",
-    b"\x8b\x00\x00\x00\x80",
-    b"\x8a\xff" + b"\x7f" * 255,
-    b"\x8d" + struct.pack("<Q", 2**63 - 1),
-    b"\x8d" + struct.pack("<Q", 2**40) + b"abc",
-    b"\x8e" + struct.pack("<Q", 2**63),
-    b"\x96" + struct.pack("<Q", 2**40),
-    b"\x95" + struct.pack("<Q", 2**64 - 1),
-    b"X\xff\xff\xff\xff",
-    b"X\x02\x00\x00\x00\xff\xfe",
-    b"X\x03\x00\x00\x00\xed\xa0\x80",  # half a surrogate pair
-    text("x" * 300_000),
-    text("_orig_mod." * 20_000) + b"Ns",
-    b"S'\\z\\q'\n",
-    b"V\\ud800\n",
-    b"I" + b"9" * 5000 + b"\n",
-    b"L" + b"9" * 5000 + b"L\n",
-    b"F1e999\n",
-    b"P0\n",
-    b"iposix\nsystem\n",
-    b"(cposix\nsystem\nX\x02\x00\x00\x00lso",
-    b"\x82\x01",
-    b"\x84\x01\x00\x00\x00",
-    b"\x97\x98",
-    b"\x80\x06",
-    b"0",
-    b"2",
-    b"NQ",
-    b")Q",
-    b"}b",
-    b"NNb",
-    b"R",
-    b"\x81",
-    b"ccollections\nOrderedDict\n)R" * 20_000,
-    b"c__builtin__\nset\nq\x00](" + b"K\x01" * 9_000 + b"eq\x01" + b"h\x00h\x01\x85R0" * 5_000,
-    b"cargparse\nNamespace\n)\x81}b}b",
-    b"\x8f" * 400_000,
-    b"}" * 90_000,
-    colliding_keys(),
-    clustered_keys(),
-    clustered_memo(),
-    *(attack(name) for name in FORBIDDEN),
-    *(attack_from_stack(name) for name in FORBIDDEN),
-)
+def change_json(rng: random.Random, text: bytes, other: bytes) -> bytes:
+    """A document with damage, or with another value in the place of one."""
+    if rng.random() < 0.5:
+        return change_raw(rng, text, other)
+    values = list(re.finditer(rb'"[^"]*"|[\d.e-]+|true|null', text))
+    place = rng.choice(values)
+    odd = (b"null", b"-1", b"1e999", b"[]", b"{}", b'""', b'"\\ud800"', b'"../a"', b'"\xff"', other)
+    return text[: place.start()] + rng.choice(odd) + text[place.end() :]
 
 
 def change_bytes(rng: random.Random, blob: bytes) -> bytes:
@@ -281,9 +143,7 @@ def change_archive(rng: random.Random, blob: bytes, other: bytes) -> bytes:
         records["data.pkl"] = pickle
     if rng.random() < 0.2:
         change_records(rng, records, blob)
-    buffer = io.BytesIO()
-    write_zip(buffer, records, rng.choice((*["archive"] * 20, "a/b", "", "data.pkl")))
-    return buffer.getvalue()
+    return zipped(records, rng.choice((*["archive"] * 20, "a/b", "", "data.pkl")))
 
 
 Mutation = Callable[[random.Random, bytes, bytes], bytes]
