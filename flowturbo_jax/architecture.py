@@ -33,6 +33,7 @@ SIT_KEYS = (
 )
 HEADS = {hidden_size: heads for _, hidden_size, heads in SIZES.values()}
 IMAGENET_CLASSES = 1000
+LATENT_CHANNELS = 4  # of Stable Diffusion's VAE, which all published SiT weights use
 MAX_TOKENS_PER_SIDE = 128  # 2048 x 2048 pixels at patch 2; attention's memory grows as its square^2
 
 # Keys of diffusers' AutoencoderKL config that change nothing in the network's function.
@@ -79,13 +80,18 @@ def sit_config(
         raise InputError(
             f"these are no weights of a {role}: they take {inputs} channels and give {outputs}"
         )
-    if not refiner and not given and (found["depth"], outputs) == (1, inputs):
+    if not refiner and inputs == outputs == 2 * LATENT_CHANNELS and "in_channels" not in given:
         raise InputError(
-            "these weights look like a refiner's (one block, as many channels out as in); give "
-            "them as --refiner, or say by a config that they are a predictor's"
+            f"these weights look like a refiner's (from {inputs} channels to {outputs}); give them "
+            f'as --refiner, or say by a config with {{"in_channels": {inputs}}} that they are not'
         )
     rows = found.pop("rows")
     null_class = rows not in (0, IMAGENET_CLASSES)
+    dropout = given.get("class_dropout_prob")
+    if dropout is not None:
+        if type(dropout) not in (int, float) or not 0 <= dropout <= 1:
+            raise InputError("the SiT config's class_dropout_prob is no number from 0 to 1")
+        null_class = dropout > 0 and rows > 0  # official: no dropping, no row for it
     if type(given.get("num_classes")) is int:
         null_class = rows == given["num_classes"] + 1
     found |= {
@@ -129,6 +135,10 @@ def _sit_shapes(state: StateDict) -> dict[str, Any]:
             raise InputError(f"the weights are no SiT's: {name} is {list(state[name].shape)}")
     hidden_size, inputs, patch_size, _ = state["x_embedder.proj.weight"].shape
     tokens = state["pos_embed"].shape[1]
+    if tuple(state["pos_embed"].shape) != (1, tokens, hidden_size):
+        raise InputError(
+            f"pos_embed is {list(state['pos_embed'].shape)}, not [1, tokens, {hidden_size}]"
+        )
     side = math.isqrt(tokens)
     if side**2 != tokens:
         raise InputError(f"pos_embed is of {tokens} tokens, which is no square")

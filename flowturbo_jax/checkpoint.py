@@ -12,14 +12,14 @@ from flax.traverse_util import flatten_dict
 from flowturbo_jax.interfaces import InputError, Params
 from flowturbo_jax.weights.tensor import quoted
 
-CHUNK_BYTES = 64 * 2**20
-FILE_BYTES = 256 * 2**20
+CHUNK_BYTES = 16 * 2**20
+FILE_BYTES = 64 * 2**20
 
 
 def save_params(directory: Path, params: Params) -> None:
     """Writes parameters as an Orbax directory that loads on any number of devices."""
     params = jax.tree.map(np.asarray, params)
-    # Whole arrays and files of gigabytes, Orbax's default, take another copy of them in memory.
+    # Whole arrays and files of gigabytes, Orbax's default, take two more copies in memory.
     chunks = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES), params)
     arguments = ocp.args.PyTreeSave(
         params, save_args=chunks, ocdbt_target_data_file_size=FILE_BYTES

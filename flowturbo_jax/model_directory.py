@@ -48,11 +48,15 @@ class Model:
 
     @functools.cached_property
     def fingerprints(self) -> dict[str, str | None]:
-        """`fingerprint` of both networks' parameters; None for a refiner that is not there."""
-        refiner = self.refiner_params
+        """`fingerprint` of each network's parameters; None for one that is not there."""
+        networks = {
+            "predictor": self.predictor_params,
+            "refiner": self.refiner_params,
+            "vae": self.vae_params,
+        }
         return {
-            "predictor": fingerprint(self.predictor_params),
-            "refiner": None if refiner is None else fingerprint(refiner),
+            name: None if params is None else fingerprint(params)
+            for name, params in networks.items()
         }
 
 
@@ -207,10 +211,19 @@ def save(
             f"{', '.join(description.networks)}; each needs both"
         )
     directory = Path(directory).absolute()
-    if directory.exists() and not (directory / "model.json").is_file():
-        raise InputError(f"{directory} exists and is no model directory; choose another place")
-    directory.parent.mkdir(parents=True, exist_ok=True)
-    draft = Path(tempfile.mkdtemp(prefix=f".{directory.name}-", dir=directory.parent))
+    check_place(directory)
+    needed = sum(leaf.nbytes for leaf in jax.tree.leaves(networks))
+    parent = next(parent for parent in directory.parents if parent.exists())
+    if (free := shutil.disk_usage(parent).free) < needed:
+        raise InputError(
+            f"cannot write {directory}: it needs {needed / 1e9:.2f} GB, and {free / 1e9:.2f} GB "
+            "are free; make room, or choose another place"
+        )
+    try:
+        directory.parent.mkdir(parents=True, exist_ok=True)
+        draft = Path(tempfile.mkdtemp(prefix=f".{directory.name}-", dir=directory.parent))
+    except OSError as error:
+        raise InputError(f"cannot write {directory}: {error.strerror}") from error
     try:
         for network, params in networks.items():
             save_params(draft / network, params)
@@ -219,8 +232,42 @@ def save(
         (draft / "model.json").write_text(text)
         draft.chmod(0o755)  # mkdtemp makes it private
         _replace(draft, directory)
+    except InputError:
+        raise
+    except (OSError, ValueError) as error:  # Orbax reports a full disk as a ValueError
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise InputError(f"cannot write {directory}: {reason:.200}") from error
     finally:
         shutil.rmtree(draft, ignore_errors=True)
+
+
+def check_place(directory: Path) -> None:
+    """Refuses a place where `save` could not write.
+
+    Raises:
+      InputError: something else than a model directory stands there, or it cannot be made.
+    """
+    directory = Path(directory).absolute()
+    try:
+        if directory.exists():
+            if not (directory / "model.json").is_file():
+                raise InputError(
+                    f"{directory} exists and is no model directory; choose another place"
+                )
+        else:
+            os.lstat(directory)
+    except FileNotFoundError:
+        pass
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise InputError(f"cannot write {directory}: {reason}; choose another place") from error
+    parent = next(parent for parent in directory.parents if parent.exists())
+    try:
+        os.rmdir(tempfile.mkdtemp(dir=parent))
+    except OSError as error:
+        raise InputError(
+            f"cannot write {directory}: {error.strerror} in {parent}; choose another place"
+        ) from error
 
 
 def _replace(draft: Path, directory: Path) -> None:

@@ -1,6 +1,6 @@
 """How far bfloat16 networks move the final latents, and whether that is rounding.
 
-  python tests/half_precision.py [--size SiT-B/2] [--schedule H1P5R3] [--batch 2]
+  python tests/half_precision.py [--size SiT-B/2 | golden] [--schedule H1P5R3] [--batch 2]
 
 Samples a random model of that size from the same noise in float32, in bfloat16, and in float32 with
 the parameters and the inputs and outputs of every layer rounded to some mantissa bits. bfloat16 has
@@ -18,6 +18,7 @@ from typing import Any
 
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
 
+import golden  # noqa: E402
 import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
 import numpy as np  # noqa: E402
@@ -96,10 +97,14 @@ def main() -> None:
     parser.add_argument("--schedule", default="H1P5R3")
     parser.add_argument("--batch", type=int, default=2)
     args = parser.parse_args()
-    config = SiTConfig.named(args.size, input_size=32, in_channels=4, num_classes=1000)
-    params = random_params(config, 0), random_params(config.refiner(), 1)
+    if args.size == "golden":
+        config = golden.SIT
+        params = golden.params("sit/sit", config), golden.params("refiner/refiner", golden.REFINER)
+    else:
+        config = SiTConfig.named(args.size, input_size=32, in_channels=4, num_classes=1000)
+        params = random_params(config, 0), random_params(config.refiner(), 1)
     noise = jax.random.normal(jax.random.key(0), (args.batch, *config.shape))
-    labels = jnp.arange(args.batch) + 207
+    labels = jnp.arange(args.batch) % config.num_classes
     found = errors(config, params, args.schedule, noise, labels)
     sys.stdout.write(json.dumps({**vars(args), **found}) + "\n")
 

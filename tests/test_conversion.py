@@ -1,5 +1,6 @@
 """Published files to a model directory: golden weights convert, sample and go back."""
 
+import dataclasses
 import json
 import shutil
 import time
@@ -8,15 +9,17 @@ from functools import partial
 import golden
 import jax
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 import pytest
+import tiny
 from einops import rearrange
 from safetensors.numpy import load_file, save_file
 
-from flowturbo_jax import ClassToImage, architecture, convert, model_directory, path
+from flowturbo_jax import ClassToImage, architecture, convert, model_directory, path, trainer
 from flowturbo_jax.interfaces import InputError
-from flowturbo_jax.models import SiT, SiTConfig
-from flowturbo_jax.pipelines import conversion, velocity_check
+from flowturbo_jax.models import VAE, SiT, SiTConfig, VAEConfig
+from flowturbo_jax.pipelines import conversion, programs, velocity_check
 from flowturbo_jax.pipelines.conversion import Sources, convert_model
 
 FILES = golden.FOLDER
@@ -33,6 +36,8 @@ def sources(tmp_path, **fields) -> Sources:
         "predictor_config": str(config),
         "refiner_config": str(config),
     }
+    if fields.get("refiner", "") is None:
+        del defaults["refiner_config"]
     return Sources(**{**defaults, **fields})
 
 
@@ -476,3 +481,148 @@ def test_a_sha256_of_an_index_is_refused(tmp_path):
     given = sources(tmp_path, predictor=str(index), sha256={"predictor": "0" * 64})
     with pytest.raises(InputError, match="index of several files"):
         convert_model(given, tmp_path / "model")
+
+
+def test_the_official_mode_guides_three_channels_whatever_the_default(tmp_path, pipe):
+    convert_model(sources(tmp_path, guidance="paired"), tmp_path / "model")
+    other = ClassToImage.load(tmp_path / "model")
+    noise = jax.random.normal(jax.random.key(0), (2, 8, 8, 4))
+    settings = {"schedule": "H1P1", "guidance": "official", "guidance_scale": 4.0}
+    np.testing.assert_array_equal(
+        other.sample_latents(noise, [1, 2], **settings),
+        pipe.sample_latents(noise, [1, 2], **settings),
+    )
+
+
+def test_latents_without_a_vae_are_not_shown_as_images(tmp_path):
+    said = []
+    convert_model(sources(tmp_path, vae=None), tmp_path / "model", report=said.append)
+    assert any("no --vae is given" in line for line in said)
+    pipe = ClassToImage.load(tmp_path / "model")
+    for call in (
+        lambda: pipe([1]),
+        lambda: pipe.check([1], "H1"),
+        lambda: pipe.decode(jnp.zeros((1, 8, 8, 4))),
+    ):
+        with pytest.raises(InputError, match="no VAE to decode them"):
+            call()
+    latents = pipe.sample_latents(jnp.zeros((1, 8, 8, 4)), [1], schedule="H1")
+    assert latents.shape == (1, 8, 8, 4)
+
+
+def test_large_latents_are_decoded_and_encoded_in_tiles(pipe):
+    small = jax.random.normal(jax.random.key(0), (1, 9, 10, 4))
+    latents = jax.image.resize(small, (1, 72, 80, 4), "cubic")
+    vae, params = pipe.model.vae, pipe.model.vae_params
+    z = vae.config.unscale(latents)
+    whole = jax.jit(partial(vae.apply, method="decode"))({"params": params}, z)
+    tiles = np.asarray(pipe.decode(latents), np.float32) / 127.5 - 1
+    assert tiles.shape == (1, 144, 160, 3)
+    error = np.abs(tiles - np.clip(whole, -1, 1))
+    # Rounding to bytes is 0.004; group norms and attention over a tile are most of the rest.
+    assert 0.01 < error.mean() < 0.2
+    images = jnp.asarray(np.asarray(pipe.decode(latents)))
+    encoded = pipe.encode(images)
+    assert encoded.shape == latents.shape
+    x = images.astype(jnp.float32) / 127.5 - 1
+    exact = vae.config.scale(vae.apply({"params": params}, x, method="encode").mean)
+    assert 0 < np.abs(encoded - exact).mean() < 0.2 * np.abs(exact).mean()
+
+
+def test_images_decoded_in_groups_are_the_same(pipe, monkeypatch):
+    latents = jax.random.normal(jax.random.key(0), (5, 8, 8, 4))
+    together = np.asarray(pipe.decode(latents), np.int32)
+    monkeypatch.setattr(programs, "GROUP_PIXELS", 2 * 16 * 16)
+    jax.clear_caches()
+    in_groups = np.asarray(pipe.decode(latents), np.int32)
+    assert np.abs(in_groups - together).max() <= 1  # a value may lie on the edge
+
+
+def test_a_damaged_vae_is_refused_on_loading(tmp_path, converted):
+    shutil.copytree(converted, tmp_path / "model")
+    file = max((tmp_path / "model/vae").rglob("d/*"), key=lambda path: path.stat().st_size)
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(InputError, match=r"the vae in .* is damaged"):
+        model_directory.load(tmp_path / "model")
+
+
+def test_bfloat16_weights_convert_to_float32():
+    state = golden.weights("sit/sit_micro")
+    halves = {name: array.astype(ml_dtypes.bfloat16) for name, array in state.items()}
+    params = convert.params_from_state("sit", golden.MICRO, halves, np.float32)
+    exact = convert.params_from_state("sit", golden.MICRO, state)
+    assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {np.dtype(np.float32)}
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2**-8), params, exact)
+
+
+@pytest.mark.parametrize("size", ["S", "B", "L", "XL"])
+@pytest.mark.parametrize("patch", [2, 4, 8])
+@pytest.mark.parametrize("side", [32, 64])
+def test_official_sizes_are_known_by_their_shapes(size, patch, side):
+    config = SiTConfig.named(
+        f"SiT-{size}/{patch}", input_size=side, in_channels=4, num_classes=1000
+    )
+    for wanted, refiner in (
+        (config, False),
+        (config.refiner(), True),
+        (dataclasses.replace(config, in_channels_scale=2), True),  # a SiT-S refiner, and such
+    ):
+        shapes = convert.official_shapes("sit", wanted)
+        state = {name: np.broadcast_to(np.float32(0), shape) for name, shape in shapes.items()}
+        found = architecture.sit_config(state, {}, refiner=refiner)
+        assert found == wanted
+    assert config.size_name == f"SiT-{size}/{patch}"
+
+
+def test_a_vae_config_keeps_its_scaling():
+    given = {"block_out_channels": [32, 64], "scaling_factor": 0.3611, "shift_factor": 0.1159}
+    config = architecture.vae_config({**given, "layers_per_block": 2, "latent_channels": 16})
+    assert (config.scaling_factor, config.shift_factor) == (0.3611, 0.1159)
+    assert (config.layers_per_block, config.latent_channels) == (2, 16)
+    assert architecture.vae_config({"block_out_channels": [32]}).layers_per_block == 1
+    with pytest.raises(InputError, match="is of a 'AutoencoderTiny'"):
+        architecture.vae_config({"_class_name": "AutoencoderTiny"})
+
+
+@pytest.mark.parametrize(
+    ("dropout", "classes", "null"), [(0.1, 10, True), (0, 11, False), (None, 10, True)]
+)
+def test_the_null_class_follows_the_label_dropout(dropout, classes, null):
+    given = {"num_heads": 4} | ({} if dropout is None else {"class_dropout_prob": dropout})
+    config = architecture.sit_config(golden.weights("sit/sit"), given, refiner=False)
+    assert (config.num_classes, config.null_class) == (classes, null)
+
+
+def test_a_thousand_rows_are_a_thousand_classes():
+    state = {
+        **golden.weights("sit/sit"),
+        "y_embedder.embedding_table.weight": np.zeros((1000, 64), np.float32),
+    }
+    config = architecture.sit_config(state, {"num_heads": 4}, refiner=False)
+    assert (config.num_classes, config.null_label) == (1000, None)
+
+
+def test_a_refiner_trained_for_a_model_keeps_its_vae(tmp_path):
+    latents = VAEConfig(latent_channels=1, block_out_channels=(4, 4), norm_num_groups=2)
+    described = dataclasses.replace(tiny.description(refiner=False), vae=latents)
+    params = jax.tree.map(np.asarray, jax.jit(VAE(latents).initialise)(jax.random.key(0)))
+    predictor = tiny.random_params(SiT(described.predictor))
+    model_directory.save(tmp_path / "model", described, predictor, None, params)
+    trainer.train_and_evaluate(
+        tiny.recipe(
+            name="refiner",
+            objective="refiner",
+            model={},
+            model_dir=str(tmp_path / "model"),
+            steps=1,
+            schedule="H1",
+            evaluate_every=1,
+            checkpoint_every=1,
+        ),
+        tmp_path / "run",
+    )
+    model = model_directory.load(tmp_path / "run/model")
+    assert model.description.vae == latents
+    jax.tree.map(np.testing.assert_array_equal, model.vae_params, params)

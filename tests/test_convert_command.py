@@ -1,7 +1,10 @@
 """python -m flowturbo_jax convert: what it writes and prints, and how it refuses."""
 
 import json
+import os
 import re
+import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -82,13 +85,78 @@ def test_describe_and_export_work_on_what_was_converted(given, tmp_path, capsys)
     }
 
 
-def test_a_sha256_is_checked(given, tmp_path, capsys):
-    right = sha256_of(FILES / "sit/sit.safetensors")
+@pytest.mark.parametrize(
+    ("network", "file"),
+    [
+        ("predictor", "sit/sit.safetensors"),
+        ("refiner", "refiner/refiner_train.pt"),
+        ("vae", "vae/tiny/diffusion_pytorch_model.safetensors"),
+    ],
+)
+def test_a_sha256_is_checked(given, tmp_path, capsys, network, file):
+    right = sha256_of(FILES / file)
     flags = [*given, f"--out={tmp_path / 'model'}"]
-    assert run(package_main, "convert", *flags, f"--predictor-sha256={right[::-1]}") == 2
+    assert run(package_main, "convert", *flags, f"--{network}-sha256={right[::-1]}") == 2
     assert right in capsys.readouterr().err
     assert not (tmp_path / "model").exists()
-    assert run(package_main, "convert", *flags, f"--predictor-sha256={right.upper()}") == 0
+    assert run(package_main, "convert", *flags, f"--{network}-sha256={right.upper()}") == 0
+
+
+def test_a_disk_too_small_is_one_clear_line(given, tmp_path, monkeypatch, capsys):
+    usage = shutil.disk_usage(tmp_path)._replace(free=1000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    assert run(package_main, "convert", *given, f"--out={tmp_path / 'new' / 'model'}") == 2
+    (error,) = capsys.readouterr().err.strip().splitlines()
+    assert re.search(r"needs 0\.00 GB, and 0\.00 GB are free; make room", error)
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_write_that_fails_half_way_ends_in_a_clear_line_and_leaves_nothing(given, tmp_path):
+    """A limit on the size of a file fails a write as a disk that fills up meanwhile does.
+
+    Orbax's threads print their own lines before ours.
+    """
+    command = shlex.join([sys.executable, "-m", "flowturbo_jax", "convert"])
+    for task in (
+        [*given, f"--out={tmp_path / 'new' / 'model'}"],
+        ["--export=digits", "--network=predictor", f"--out={tmp_path / 'new' / 'p.safetensors'}"],
+    ):
+        done = subprocess.run(
+            ["bash", "-c", f"trap '' XFSZ; ulimit -f 100; exec {command} {shlex.join(task)}"],
+            capture_output=True,
+            text=True,
+            cwd=ROOT,
+            env={**os.environ, "JAX_PLATFORMS": "cpu"},
+        )
+        assert done.returncode == 2, done.stderr
+        assert "error: cannot write" in done.stderr.splitlines()[-1]
+        assert list((tmp_path / "new").iterdir()) == []
+
+
+@pytest.mark.parametrize("out", ["file/model", "x" * 300, "/proc/nothere/model"])
+@pytest.mark.parametrize("job", ["convert", "export"])
+def test_a_place_that_cannot_be_is_refused_before_anything_is_read(
+    given, tmp_path, monkeypatch, capsys, out, job
+):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").write_text("mine")
+    if job == "convert":
+        arguments = ["--predictor=nowhere.pt", f"--out={out}"]
+    else:
+        arguments = ["--export=digits", "--network=refiner", f"--out={out}.safetensors"]
+    assert run(package_main, "convert", *arguments) == 2
+    assert "cannot write" in capsys.readouterr().err
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_the_command_it_prints_makes_a_picture(given, tmp_path, capsys):
+    assert run(package_main, "convert", *given, f"--out={tmp_path / 'model'}") == 0
+    command = capsys.readouterr().out.strip().splitlines()[-1].partition("python sample.py ")[2]
+    config, *flags = shlex.split(command)
+    small = ["--config.samples=2", "--config.labels=1,2", f"--config.out={tmp_path}"]
+    config = config.replace("configs/", f"{ROOT}/configs/")
+    assert run(sample_script.main, config, *flags, *small, "--config.schedule=H1") == 0
+    assert (tmp_path / "sit_xl_2_256.png").exists()
 
 
 @pytest.mark.parametrize(
@@ -109,6 +177,10 @@ def test_a_sha256_is_checked(given, tmp_path, capsys):
         (["--predictor=x.pt", "--out=x"], "x.pt"),
         (["--predictor=https://example.org/x.pt", "--out=x"], "hf://"),
         (["--predictor=x.pt", "--out=x", "--image-size=big"], "image-size.*big"),
+        (["--describe=digits", "--image-size=0"], "--image-size means nothing to describe"),
+        (["--describe="], "--describe is empty"),
+        (["--predictor=x.pt", "--out=x", "--vae-sha256=abc"], "of the vae is given, but no --vae"),
+        (["--predictor=x.pt", "--out=x", "--refiner-config=c"], "given, but no --refiner"),
         (["--describe=nowhere"], "no model directory at 'nowhere'"),
         (["--nonsense"], "unrecognized arguments: --nonsense"),
     ],
@@ -123,7 +195,9 @@ def test_bad_input_is_one_clear_line(tmp_path, monkeypatch, capsys, arguments, m
 
 
 def test_a_hostile_file_runs_nothing_in_a_process_of_its_own(tmp_path):
-    environment = {"TMPDIR": str(tmp_path), "PATH": "", "JAX_PLATFORMS": "cpu"}
+    marker = Path("/tmp/pwned_flowturbo")  # what its payload makes
+    assert not marker.exists()
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
     command = [sys.executable, "-m", "flowturbo_jax", "convert"]
     files = [f"--predictor={FILES / 'edge/malicious_args.pt'}", f"--out={tmp_path / 'model'}"]
     done = subprocess.run(
@@ -133,4 +207,5 @@ def test_a_hostile_file_runs_nothing_in_a_process_of_its_own(tmp_path):
     assert done.stderr.startswith("error: predictor: ")
     assert "posix.system" in done.stderr
     assert len(done.stderr.splitlines()) == 1
+    assert not marker.exists()
     assert list(tmp_path.iterdir()) == []

@@ -25,6 +25,9 @@ from flowturbo_jax.pipelines import conversion, costs
 def main(argv: Sequence[str]) -> None:
     """Reads the command line and does one of the three."""
     args = _parser().parse_args(argv[1:])
+    empty = [name for name, value in vars(args).items() if value == ""]
+    if empty:
+        raise InputError(f"--{empty[0].replace('_', '-')} is empty; give a value or leave it out")
     jobs = [name for name in ("predictor", "describe", "export") if getattr(args, name)]
     if len(jobs) != 1:
         raise InputError("give one of --predictor (to convert), --describe and --export")
@@ -37,12 +40,20 @@ def main(argv: Sequence[str]) -> None:
     if jobs[0] == "export":
         state = conversion.export(args.export, args.network, args.out, args.force)
         print(f"wrote {args.out}: {len(state)} tensors under their official names")
+        network = model_directory.describe(args.export).networks[args.network]
+        if getattr(network, "reversed_time", False):
+            print(
+                'its clock is reversed: to convert it again, give a {"reversed_time": true} config'
+            )
         return
     description = conversion.convert_model(
         _sources(args), args.out, args.force, lambda line: print(entry.one_line(line))
     )
     print(table(description))
-    print(f"wrote {args.out}; sample it with sample.py --config.model_dir={args.out}")
+    print(
+        f"wrote {args.out}; sample it with python sample.py --config=configs/sit_xl_2_256.py "
+        f"--config.model_dir={args.out}"
+    )
 
 
 CONVERT_ONLY = {
@@ -92,7 +103,8 @@ def _refuse_unused(args: argparse.Namespace, job: str) -> None:
         "export": {"network", "out", "force"},
     }[job]
     for name, value in vars(args).items():
-        if value and name != job and name not in used:
+        given = value is not None and value is not False
+        if given and name != job and name not in used:
             flag, verb = name.replace("_", "-"), "convert" if job == "predictor" else job
             raise InputError(f"--{flag} means nothing to {verb}; leave it out")
     if job == "export" and args.network is None:

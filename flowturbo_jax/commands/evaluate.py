@@ -74,6 +74,7 @@ def measure(
       InputError: the file holds something else, or cannot be written.
     """
     reference = evaluation.digits_reference()
+    evaluation.check_fits(pipe, reference)
     known = _read(out)
     rows = []
     with tqdm(total=len(jobs) * samples, unit="image") as bar:

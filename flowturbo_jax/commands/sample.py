@@ -34,6 +34,8 @@ def sample(config: Mapping[str, Any] | ConfigDict) -> dict[str, Any]:
     config = SampleConfig.create(config)
     pipe = ClassToImage.load(config.model_dir, config.dtype)
     reference = evaluation.digits_reference() if config.data else None
+    if reference is not None:
+        evaluation.check_fits(pipe, reference)
     labels = _labels(pipe, config)
     settings = {
         "seed": config.seed,
@@ -85,7 +87,7 @@ def _labels(pipe: ClassToImage, config: SampleConfig) -> np.ndarray:
     if not config.labels:
         return evaluation.balanced_labels(config.samples, description.predictor.num_classes)
     wanted = [label_of(text.strip(), description.class_names) for text in config.labels.split(",")]
-    return np.resize(np.array(wanted, np.int32), config.samples)
+    return np.resize(np.array(wanted), config.samples)
 
 
 def _title(schedule: Schedule, ms_per_image: float) -> list[str]:

@@ -1,5 +1,6 @@
 """From published files to a model directory and back: read, check, name, write."""
 
+import contextlib
 import dataclasses
 import os
 from collections.abc import Callable, Mapping
@@ -7,6 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
 from flowturbo_jax import architecture, class_names, convert, hub, model_directory
@@ -86,10 +88,9 @@ def convert_model(
       InputError: a file is missing, damaged, hostile, or of another model; or `out` is taken.
     """
     out = Path(out)
+    model_directory.check_place(out)
     if out.exists() and not force:
         raise InputError(f"{out} exists; choose another --out, or replace it with --force")
-    if out.exists() and not (out / "model.json").is_file():
-        raise InputError(f"{out} exists and is no model directory; choose another --out")
     networks = _read_all(sources, report)
     description = _describe(sources, networks)
     modules, params = model_directory.modules(description), {}
@@ -127,13 +128,19 @@ def export(
       InputError: there is no such network, or `out` is taken or cannot be written.
     """
     out, model = Path(out), model_directory.load(model_dir)
+    if network not in ("predictor", "refiner", "vae"):
+        raise InputError(f"network is {network!r}; it must be predictor, refiner or vae")
     config = model.description.networks.get(network)
     if config is None:
         known = ", ".join(model.description.networks)
         raise InputError(f"{model_dir} has no {network}; it has {known}")
     if out.suffix != ".safetensors":
         raise InputError(f"--out is {out.name!r}; an exported file ends in .safetensors")
-    if out.exists() and not force:
+    try:
+        taken = out.exists()
+    except OSError as error:
+        raise InputError(f"cannot write {out}: {error.strerror}; choose another --out") from error
+    if taken and not force:
         raise InputError(f"{out} exists; choose another --out, or replace it with --force")
     kind = "vae" if network == "vae" else model.description.family
     state = convert.state_from_params(kind, config, getattr(model, f"{network}_params"))
@@ -142,15 +149,20 @@ def export(
         out.parent.mkdir(parents=True, exist_ok=True)
         save_file(state, draft, metadata={"format": "pt"})
         os.replace(draft, out)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         raise InputError(f"cannot write {out}: {error}; choose another --out") from error
     finally:
-        draft.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            draft.unlink(missing_ok=True)
     return state
 
 
 def _read_all(sources: Sources, report: Callable[[str], Any]) -> dict[str, _Read]:
     """Opens and understands every file; whatever can be wrong with shapes is found here."""
+    for name in ("refiner", "vae"):
+        orphan = name in sources.sha256 or getattr(sources, f"{name}_config", None) is not None
+        if getattr(sources, name) is None and orphan:
+            raise InputError(f"a sha256 or config of the {name} is given, but no --{name}")
     networks = {"predictor": _read_sit(sources, "predictor", report)}
     predictor = networks["predictor"].config
     if sources.size is not None:
@@ -208,6 +220,8 @@ def _read_sit(sources: Sources, role: str, report: Callable[[str], Any]) -> _Rea
         raise InputError(f"{role}: {error}") from error
     part = f", its {weights.origin!r}" if weights.origin else ""
     report(f"{role}: {_name(config)} from {file.name}{part}")
+    if role == "predictor" and sources.vae is None and config.in_channels not in (1, 3):
+        report("no --vae is given: this model will sample latents, and cannot show images")
     if dropped:
         report(
             f"{role}: trained by REPA, with a reversed clock; left out, since only training uses "
@@ -256,11 +270,13 @@ def _describe(sources: Sources, networks: Mapping[str, _Read]) -> Description:
     official = can_guide and not predictor.reversed_time
     guidance = sources.guidance or ("official" if official else "paired" if can_guide else "none")
     scale = sources.guidance_scale
+    if guidance == "none" and scale not in (None, 1.0):
+        raise InputError(f"guidance 'none' has no scale, but {scale} was given; leave one out")
     if scale is None:
         scale = PAPER_SCALE if can_guide else 1.0
     channels = sources.guided_channels
-    if channels is None and guidance == "official" and predictor.in_channels > OFFICIAL_CHANNELS:
-        channels = OFFICIAL_CHANNELS
+    if channels is None and official and predictor.in_channels > OFFICIAL_CHANNELS:
+        channels = OFFICIAL_CHANNELS  # whatever the default mode is: it may be asked for
     return Description(
         family="sit",
         predictor=predictor,

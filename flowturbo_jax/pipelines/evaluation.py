@@ -1,6 +1,7 @@
 """How good and how fast a schedule is: many samples, their scores, and what exactly was done."""
 
 import importlib.metadata
+import math
 import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -30,7 +31,8 @@ class Generated(NamedTuple):
     Attributes:
       images: `[N, H, W, C]` uint8.
       labels: `[N]` int32.
-      ms_per_image: median over batches of wall time per image, in ms, compilation left out.
+      ms_per_image: median over batches of wall time per image, in ms, compilation left out; of a
+        single batch, with what a first call costs besides.
       compile_seconds: wall time of tracing and compiling, in s.
     """
 
@@ -129,6 +131,20 @@ def digits_reference() -> Reference:
     )
 
 
+def check_fits(pipe: ClassToImage, reference: Reference) -> None:
+    """Refuses a model whose images cannot be compared with the reference, before any is made.
+
+    Raises:
+      InputError: the images are of another size.
+    """
+    shape, features = pipe.model.description.image_shape, len(reference.statistics.mean)
+    if reference.features is PIXELS and math.prod(shape) != features:
+        raise InputError(
+            f"the model makes images of {list(shape)}, which cannot be compared with the "
+            f"{reference.source[0]}; sample without scores: --config.data= --config.baseline="
+        )
+
+
 def score(generated: Generated, reference: Reference) -> dict[str, float]:
     """Fréchet distance to the reference, and how often the classifier sees the label asked for.
 
@@ -198,6 +214,8 @@ def protocol_card(
         "device": jax.devices()[0].device_kind,
         "versions": {name: importlib.metadata.version(name) for name in LIBRARIES},
     }
+    if description.vae is not None:
+        card["vae_sha256"] = pipe.model.fingerprints["vae"]
     if reference is not None:
         card |= {
             "feature_network": reference.features.name,

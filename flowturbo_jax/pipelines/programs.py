@@ -4,6 +4,7 @@ Parameters are arguments. What selects a program is static: the networks, the sc
 mode and the shapes.
 """
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -20,6 +21,8 @@ from flowturbo_jax.schedule import Schedule
 
 TILE = 64  # latent pixels: 512 image pixels by the Stable Diffusion VAE
 OVERLAP = 16
+# So many image pixels go through the VAE at a time: 8 images of 256 x 256, 2 of 512 x 512.
+GROUP_PIXELS = 8 * 256 * 256
 
 
 class Networks:
@@ -129,7 +132,8 @@ def encode(
         )
 
     config = networks.vae.config
-    mean, logvar = jnp.split(tiled(moments, x, TILE, OVERLAP, (config.downsampling, 1)), 2, -1)
+    both = _in_groups(lambda x: tiled(moments, x, TILE, OVERLAP, (config.downsampling, 1)), x, 1)
+    mean, logvar = jnp.split(both, 2, axis=-1)
     found = Moments(mean, logvar)
     return config.scale(found.mode() if noise is None else found.sample(noise))
 
@@ -143,4 +147,17 @@ def _decode(networks: Networks, decoder_params: Any, latents: Latents) -> ImageB
 
     config = networks.vae.config
     z = config.unscale(latents)
-    return images.to_uint8(tiled(decoded, z, TILE, OVERLAP, (1, config.downsampling)))
+    pixels = _in_groups(
+        lambda z: tiled(decoded, z, TILE, OVERLAP, (1, config.downsampling)),
+        z,
+        config.downsampling,
+    )
+    return images.to_uint8(pixels)
+
+
+def _in_groups(function: Callable[[jax.Array], jax.Array], x: jax.Array, scale: int) -> jax.Array:
+    """Applies a function of a batch to a few pictures at a time, which bounds its memory."""
+    group = max(1, GROUP_PIXELS // (x.shape[1] * x.shape[2] * scale**2))
+    if len(x) <= group:
+        return function(x)
+    return jax.lax.map(lambda one: function(one[None])[0], x, batch_size=group)

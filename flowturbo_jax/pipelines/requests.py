@@ -14,7 +14,8 @@ def check_batch_size(batch_size: Any) -> None:
     Raises:
       InputError: it is no whole number of at least 1.
     """
-    if type(batch_size) is not int or batch_size < 1:
+    whole = isinstance(batch_size, numbers.Integral) and not isinstance(batch_size, bool)
+    if not whole or batch_size < 1:
         raise InputError(f"batch_size is {batch_size!r}; it must be a positive whole number")
 
 
@@ -30,6 +31,8 @@ def seeds_and_indices(seeds: Any, first_index: int, count: int) -> tuple[np.ndar
     Raises:
       InputError: a seed or index is no whole number in [0, 2^32), or the counts disagree.
     """
+    if not isinstance(first_index, numbers.Integral) or not 0 <= first_index <= 2**32 - count:
+        raise InputError(f"first_index is {first_index!r}; it must be a whole number in [0, 2^32)")
     seeds = np.asarray(seeds)
     if seeds.dtype.kind not in "iu" or (seeds < 0).any() or (seeds >= 2**32).any():
         raise InputError(f"seeds are {seeds.tolist()}; they must be whole numbers in [0, 2^32)")
@@ -39,11 +42,5 @@ def seeds_and_indices(seeds: Any, first_index: int, count: int) -> tuple[np.ndar
         indices = np.zeros(count)
     else:
         raise InputError(f"{seeds.size} seeds for {count} labels; give one, or one per label")
-    if (
-        not isinstance(first_index, numbers.Integral)
-        or first_index < 0
-        or first_index + count > 2**32
-    ):
-        raise InputError(f"first_index is {first_index!r}; it must be a whole number in [0, 2^32)")
     seeds = np.broadcast_to(seeds, (count,))
     return seeds.astype(np.uint32), indices.astype(np.uint32)
