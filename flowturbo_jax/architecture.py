@@ -50,7 +50,12 @@ DIFFUSERS_DEFAULTS = {"block_out_channels": [64], "layers_per_block": 1}
 
 
 def sit_config(
-    state: StateDict, given: Mapping[str, Any], *, refiner: bool, reversed_time: bool = False
+    state: StateDict,
+    given: Mapping[str, Any],
+    *,
+    refiner: bool,
+    reversed_time: bool = False,
+    like: SiTConfig | None = None,
 ) -> SiTConfig:
     """The hyper-parameters of a SiT's state dict.
 
@@ -59,6 +64,7 @@ def sit_config(
       given: what a config file says, by the keys in `SIT_KEYS`; may be empty.
       refiner: whether the weights are to be a refiner's, over [x, v].
       reversed_time: whether they were trained with the reversed clock.
+      like: a network that has as many heads, if it is as wide.
 
     Raises:
       InputError: the tensors are not a SiT's, the config does not fit them, or the number of heads
@@ -94,12 +100,13 @@ def sit_config(
         null_class = dropout > 0 and rows > 0  # official: no dropping, no row for it
     if type(given.get("num_classes")) is int:
         null_class = rows == given["num_classes"] + 1
+    heads = HEADS if like is None else {**HEADS, like.hidden_size: like.num_heads}
     found |= {
         "in_channels": channels,
         "in_channels_scale": scale,
         "learn_sigma": outputs == 2 * channels,
         "num_classes": rows - null_class,
-        "num_heads": given.get("num_heads", HEADS.get(found["hidden_size"])),
+        "num_heads": given.get("num_heads", heads.get(found["hidden_size"])),
         "reversed_time": given.get("reversed_time", reversed_time),
     }
     compared = {key: value for key, value in given.items() if key != "class_dropout_prob"}
@@ -113,7 +120,8 @@ def sit_config(
     if found["num_heads"] is None:
         raise InputError(
             f"no published size is {found['hidden_size']} wide, so the number of attention heads "
-            'is not known; give a config file such as {"num_heads": 16}'
+            f"is not known; give --{'refiner' if refiner else 'predictor'}-config with a file "
+            'such as {"num_heads": 16}'
         )
     return SiTConfig(**found, null_class=null_class)
 

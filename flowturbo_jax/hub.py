@@ -116,6 +116,8 @@ def check_sha256(path: str | Path, expected: str) -> None:
     Raises:
       InputError: it is another, or the file cannot be read.
     """
+    if not re.fullmatch(r"\s*[0-9a-fA-F]{64}\s*", expected):
+        raise InputError(f"{expected[:80]!r} is no sha256; it has 64 hexadecimal digits")
     found = sha256_of(path)
     if found != expected.strip().lower():
         raise InputError(

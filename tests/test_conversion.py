@@ -285,7 +285,8 @@ def state_file(tmp_path, config: SiTConfig, name: str) -> str:
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"predictor_config": None}, "attention heads is not known"),
+        ({"predictor_config": None}, "attention heads is not known; give --predictor-config"),
+        ({"sha256": {"predictor": "abc"}}, "'abc' is no sha256"),
         ({"size": "SiT-XL/2"}, r"the predictor is 3 blocks of width 64 .* not SiT-XL/2"),
         ({"size": "SiT-Q/2"}, "unknown SiT size 'SiT-Q/2'"),
         ({"image_size": 99}, "--image-size 99 is not divisible by 4"),
@@ -626,3 +627,8 @@ def test_a_refiner_trained_for_a_model_keeps_its_vae(tmp_path):
     model = model_directory.load(tmp_path / "run/model")
     assert model.description.vae == latents
     jax.tree.map(np.testing.assert_array_equal, model.vae_params, params)
+
+
+def test_a_refiner_as_wide_as_its_predictor_has_as_many_heads(tmp_path):
+    described = convert_model(sources(tmp_path, refiner_config=None), tmp_path / "model")
+    assert described.refiner == golden.REFINER

@@ -50,10 +50,23 @@ def main(argv: Sequence[str]) -> None:
         _sources(args), args.out, args.force, lambda line: print(entry.one_line(line))
     )
     print(table(description))
-    print(
-        f"wrote {args.out}; sample it with python sample.py --config=configs/sit_xl_2_256.py "
-        f"--config.model_dir={args.out}"
-    )
+    print(f"wrote {args.out}{_hint(description, args.out)}")
+
+
+def _hint(description: Description, out: str) -> str:
+    """How to go on from what was converted."""
+    if description.vae is None and description.image_shape[-1] not in (1, 3):
+        return ""
+    flags = ["--config=configs/sit_xl_2_256.py", f"--config.model_dir={out}"]
+    if description.refiner is None:
+        flags.append("--config.schedule=H2P6")
+    if len(description.class_names) != 1000:
+        flags.append("--config.labels=")
+    if description.guidance != "official":
+        flags.append("--config.guidance=")
+    if description.guidance == "none":
+        flags.append("--config.guidance_scale=1")
+    return f"; sample it with python sample.py {' '.join(flags)}"
 
 
 CONVERT_ONLY = {

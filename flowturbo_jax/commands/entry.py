@@ -3,7 +3,9 @@
 import argparse
 import os
 import re
+import signal
 import sys
+import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -24,6 +26,9 @@ def run(main: Callable[[Sequence[str]], None], argv: Sequence[str] | None = None
       main: takes the whole argv; raises InputError on bad input.
       argv: the command line, the program's name first; the process's own by default.
     """
+    if threading.current_thread() is threading.main_thread():
+        # As Ctrl-C does, so that what is half written goes; training has a handler of its own.
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
         main(sys.argv if argv is None else argv)
         sys.stdout.flush()
@@ -48,7 +53,9 @@ class LineParser(argparse.ArgumentParser):
     """An argument parser whose errors are InputErrors: one line, exit code 2."""
 
     def __init__(self, **options: Any):
-        super().__init__(formatter_class=argparse.ArgumentDefaultsHelpFormatter, **options)
+        super().__init__(
+            formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False, **options
+        )
 
     def error(self, message: str) -> NoReturn:
         """Raises instead of printing the usage."""

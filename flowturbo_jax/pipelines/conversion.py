@@ -148,6 +148,7 @@ def export(
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         save_file(state, draft, metadata={"format": "pt"})
+        draft.chmod(0o644)  # the library makes it private
         os.replace(draft, out)
     except (OSError, SafetensorError) as error:
         raise InputError(f"cannot write {out}: {error}; choose another --out") from error
@@ -174,7 +175,7 @@ def _read_all(sources: Sources, report: Callable[[str], Any]) -> dict[str, _Read
             )
             raise InputError(f"the predictor is {found}, not {sources.size}")
     if sources.refiner is not None:
-        networks["refiner"] = _read_sit(sources, "refiner", report)
+        networks["refiner"] = _read_sit(sources, "refiner", report, predictor)
         predictor.check_refiner(networks["refiner"].config)
     if sources.vae is not None:
         networks["vae"] = _read_vae(sources, report)
@@ -204,7 +205,9 @@ def _check_image_size(size: int, predictor: SiTConfig, vae: _Read | None) -> Non
         )
 
 
-def _read_sit(sources: Sources, role: str, report: Callable[[str], Any]) -> _Read:
+def _read_sit(
+    sources: Sources, role: str, report: Callable[[str], Any], predictor: SiTConfig | None = None
+) -> _Read:
     reference, config_file = getattr(sources, role), getattr(sources, f"{role}_config")
     try:
         file = hub.fetch(reference)
@@ -214,7 +217,7 @@ def _read_sit(sources: Sources, role: str, report: Callable[[str], Any]) -> _Rea
         state, dropped = convert.with_known_names("sit", weights.tensors)
         given = {} if config_file is None else read_json(config_file)
         config = architecture.sit_config(
-            state, given, refiner=role == "refiner", reversed_time=bool(dropped)
+            state, given, refiner=role == "refiner", reversed_time=bool(dropped), like=predictor
         )
     except InputError as error:
         raise InputError(f"{role}: {error}") from error
