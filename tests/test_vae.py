@@ -99,8 +99,11 @@ def test_each_half_needs_its_own_parameters_only():
     vae, params = network("tiny")
     arrays = stored("tiny", 0)
     decoder = {"decoder": params["decoder"]}
-    vae.apply({"params": decoder}, arrays["latent"], method="decode")
-    vae.apply({"params": {"encoder": params["encoder"]}}, arrays["image"], method="encode")
+    decoded = vae.apply({"params": decoder}, arrays["latent"], method="decode")
+    assert decoded.shape == arrays["image"].shape
+    encoder = {"encoder": params["encoder"]}
+    moments = vae.apply({"params": encoder}, arrays["image"], method="encode")
+    assert moments.mean.shape == arrays["latent"].shape
 
 
 def test_bfloat16_is_off_by_its_rounding():
