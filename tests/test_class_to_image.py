@@ -146,7 +146,7 @@ def test_the_guidance_scale_may_be_an_array_or_traced(pipe):
         ([], "wanted is a list of class numbers"),
         (np.asarray([1.5]), "wanted is a list of class numbers"),
         (np.asarray(3), "wanted is a list of class numbers"),
-        (np.asarray(["cat"]), "wanted is a list of class numbers"),
+        (np.asarray(["cat"]), "no class is called .cat."),
     ],
 )
 def test_labels_out_of_range_are_refused_not_clamped(pipe, labels, message):
@@ -219,6 +219,13 @@ def test_classes_may_be_named(pipe):
     np.testing.assert_array_equal(named, pipe(LABELS, **SHORT))
     with pytest.raises(InputError, match=r"thre.*three"):
         pipe(["thre"], **SHORT)
+
+
+@pytest.mark.parametrize("label", [1.7, None, True])
+@pytest.mark.usefixtures("as_users_run_it")
+def test_beside_names_only_whole_numbers_are_labels(pipe, label):
+    with pytest.raises(InputError, match=f"label {label} is neither a class number nor a name"):
+        pipe([label, "three"], **SHORT)
 
 
 def test_batches_that_do_not_divide_are_filled_up_and_change_nothing(pipe):
