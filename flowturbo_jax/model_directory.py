@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
@@ -219,12 +220,10 @@ def save(
             f"cannot write {directory}: it needs {needed / 1e9:.2f} GB, and {free / 1e9:.2f} GB "
             "are free; make room, or choose another place"
         )
+    draft = None
     try:
         directory.parent.mkdir(parents=True, exist_ok=True)
         draft = Path(tempfile.mkdtemp(prefix=f".{directory.name}-", dir=directory.parent))
-    except OSError as error:
-        raise InputError(f"cannot write {directory}: {error.strerror}") from error
-    try:
         for network, params in networks.items():
             save_params(draft / network, params)
         sha256 = {name: _digest(draft / name, getattr(description, name)) for name in networks}
@@ -238,7 +237,19 @@ def save(
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise InputError(f"cannot write {directory}: {reason:.200}") from error
     finally:
+        if draft is not None and draft.exists():
+            _remove(draft)
+
+
+def _remove(draft: Path) -> None:
+    """Removes a folder that Orbax's threads, when interrupted, go on to write to and make anew."""
+    gone = 0
+    for _ in range(200):
         shutil.rmtree(draft, ignore_errors=True)
+        gone = 0 if draft.exists() else gone + 1
+        if gone == 20:  # for a second
+            return
+        time.sleep(0.05)
 
 
 def check_place(directory: Path) -> None:
