@@ -167,8 +167,8 @@ def _read_all(sources: Sources, report: Callable[[str], Any]) -> dict[str, _Read
     networks = {"predictor": _read_sit(sources, "predictor", report)}
     predictor = networks["predictor"].config
     if sources.size is not None:
-        wanted = SiTConfig.named(sources.size, **_size_free(predictor))
-        if (wanted.size_name, wanted.patch_size) != (predictor.size_name, predictor.patch_size):
+        SiTConfig.named(sources.size, input_size=8, in_channels=4, num_classes=0)  # if it is known
+        if predictor.size_name != sources.size:
             found = predictor.size_name or (
                 f"{predictor.depth} blocks of width {predictor.hidden_size} on patches of "
                 f"{predictor.patch_size}"
@@ -182,13 +182,6 @@ def _read_all(sources: Sources, report: Callable[[str], Any]) -> dict[str, _Read
     if sources.image_size is not None:
         _check_image_size(sources.image_size, predictor, networks.get("vae"))
     return networks
-
-
-def _size_free(config: SiTConfig) -> dict[str, Any]:
-    """The fields of a config that a size name does not set."""
-    fixed = ("patch_size", "depth", "hidden_size", "num_heads")
-    fields = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
-    return {name: value for name, value in fields.items() if name not in fixed}
 
 
 def _check_image_size(size: int, predictor: SiTConfig, vae: _Read | None) -> None:

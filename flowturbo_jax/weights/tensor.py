@@ -1,7 +1,7 @@
 """Tensors that stay in their file until they are read, and how messages show names from a file."""
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -35,9 +35,6 @@ class Tensor:
             raise ValueError("a tensor in a file cannot become an array without being read")
         array = self.read()
         return array if dtype is None else array.astype(dtype, copy=False)
-
-
-Tensors = Mapping[str, Tensor]
 
 
 def quoted(name: str) -> str:
