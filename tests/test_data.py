@@ -86,13 +86,13 @@ def test_digits_take_no_argument():
 
 
 def test_name_hands_its_argument_to_the_opener(monkeypatch):
-    monkeypatch.setitem(data.OPENERS, "numbered", lambda argument: numbered(int(argument)))
+    monkeypatch.setitem(data.OPENERS, "numbered", lambda argument, size: numbered(int(argument)))
     assert len(data.open_source("numbered:12").examples) == 12
 
 
 def test_batch_holds_stacked_examples_in_numpy(digits):
     batch = data.batches(digits, 32, seed=0)[3]
-    assert set(batch) == {"data", "label"}
+    assert set(batch) == {"data", "label", "unreadable"}
     assert all(type(array) is np.ndarray for array in batch.values())
     assert (batch["data"].shape, batch["data"].dtype) == ((32, 8, 8, 1), np.float32)
     assert (batch["label"].shape, batch["label"].dtype) == ((32,), np.int32)
@@ -148,6 +148,9 @@ def test_batches_never_end_and_reach_far_steps_at_once(digits):
             read.append(index)
             return digits.examples[index]
 
+        def name(self, index):
+            return str(index)
+
     source = data.DataSource("counted", Counted(), digits.shape, digits.class_names, "")
     batches = data.batches(source, 64, seed=0)
     assert len(batches) > 10**15
@@ -192,3 +195,100 @@ def test_negative_seed_is_refused(digits):
 def test_empty_source_is_refused():
     with pytest.raises(InputError, match="empty"):
         data.batches(numbered(0), 8, seed=0)
+
+
+def test_stream_is_the_batches_from_a_step_on():
+    source = numbered(10)
+    batches = data.batches(source, 4, seed=1, flip=True)
+    stream = data.stream(source, 4, 1, flip=True, first_step=5, threads=3)
+    for step in range(5, 30):
+        batch = next(stream)
+        for name, array in batches[step].items():
+            np.testing.assert_array_equal(batch[name], array)
+
+
+@pytest.mark.parametrize("parts", [1, 2, 3])
+def test_parts_together_are_the_whole_batch(digits, parts):
+    whole = data.batches(digits, 12, seed=2, flip=True)[9]
+    for part in range(parts):
+        rows = data.batches(digits, 12, seed=2, flip=True, part=(part, parts))[9]
+        streamed = data.stream(digits, 12, 2, flip=True, part=(part, parts), first_step=9)
+        for name, array in next(streamed).items():
+            np.testing.assert_array_equal(array, whole[name][part::parts])
+            np.testing.assert_array_equal(array, rows[name])
+
+
+def test_half_of_the_examples_are_flipped_anew_in_each_epoch():
+    ramp = np.broadcast_to(np.linspace(-1, 1, 4, dtype=np.float32)[:, None], (100, 1, 4, 1)).copy()
+    examples = data.ArrayExamples(ramp, np.arange(100, dtype=np.int32))
+    source = data.DataSource("ramps", examples, (1, 4, 1), ("index",), examples.fingerprint())
+    plain, flipped = data.batches(source, 100, 0), data.batches(source, 100, 0, flip=True)
+    falls = []
+    for epoch in range(2):
+        batch = flipped[epoch]
+        np.testing.assert_array_equal(batch["label"], plain[epoch]["label"])
+        falling = batch["data"][:, 0, 0, 0] > 0
+        np.testing.assert_array_equal(
+            np.where(falling[:, None], ramp[0, 0, ::-1, 0], ramp[0, 0, :, 0]),
+            batch["data"][:, 0, :, 0],
+        )
+        falls.append(dict(zip(batch["label"].tolist(), falling.tolist(), strict=True)))
+    assert 30 <= sum(falls[0].values()) <= 70  # of 100 coins: outside once in 100,000
+    assert falls[0] != falls[1]
+
+
+def test_order_names_the_examples_of_a_batch():
+    source = numbered(10)
+    for step in (0, 3, 10**6):
+        np.testing.assert_array_equal(
+            data.order(source, 7, 5, step), data.batches(source, 7, 5)[step]["label"]
+        )
+
+
+class Broken(data.ArrayExamples):
+    """Numbered examples of which some cannot be read."""
+
+    broken = (3, 4)
+
+    def __getitem__(self, index):
+        if index in self.broken:
+            raise data.UnreadableError("it is torn")
+        return super().__getitem__(index)
+
+
+def broken_source(count=10):
+    values = np.zeros((count, 1, 1, 1), np.float32)
+    examples = Broken(values, np.arange(count, dtype=np.int32))
+    return data.DataSource("torn", examples, (1, 1, 1), ("index",), examples.fingerprint())
+
+
+def test_an_unreadable_example_is_replaced_and_told():
+    source = broken_source()
+    batch = data.batches(source, 10, seed=0)[0]
+    indices = data.order(source, 10, 0, 0)
+    expected = np.where(np.isin(indices, Broken.broken), 5, indices)
+    np.testing.assert_array_equal(batch["label"], expected)
+    told = np.where(np.isin(indices, Broken.broken), indices, data.READABLE)
+    np.testing.assert_array_equal(batch["unreadable"], told)
+
+
+def test_unreadable_examples_are_named_once_and_limited():
+    unreadable = data.Unreadable(broken_source(), limit=0.1)
+    assert unreadable.note(np.array([-1, 3, -1])) == ["cannot read example 3: it is torn"]
+    assert unreadable.note(np.array([3, -1])) == []
+    assert len(unreadable) == 1
+    with pytest.raises(
+        InputError, match=r"2 of 10 examples of torn .*unreadable_limit 0\.1 .*4: it"
+    ):
+        unreadable.note(np.array([4]))
+
+
+def test_a_data_set_without_anything_readable_is_an_error(monkeypatch):
+    monkeypatch.setattr(Broken, "broken", range(10))
+    with pytest.raises(InputError, match="torn: neither example"):
+        data.batches(broken_source(), 2, seed=0)[0]
+
+
+def test_a_batch_that_does_not_split_over_processes_is_refused(digits):
+    with pytest.raises(InputError, match="batch_size 9 is not a multiple of 2 processes"):
+        data.batches(digits, 9, seed=0, part=(0, 2))

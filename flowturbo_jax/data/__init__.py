@@ -1,0 +1,55 @@
+"""Data sets by name, and endless batches that depend on (seed, step) alone."""
+
+from collections.abc import Callable
+
+from flowturbo_jax.data.batches import READABLE, Batch, Unreadable, batches, order, stream
+from flowturbo_jax.data.digits import open_digits
+from flowturbo_jax.data.source import (
+    ArrayExamples,
+    DataSource,
+    Draw,
+    Example,
+    Examples,
+    UnreadableError,
+    arrays,
+    mirror,
+)
+from flowturbo_jax.interfaces import InputError
+
+__all__ = [
+    "OPENERS",
+    "READABLE",
+    "ArrayExamples",
+    "Batch",
+    "DataSource",
+    "Draw",
+    "Example",
+    "Examples",
+    "Unreadable",
+    "UnreadableError",
+    "arrays",
+    "batches",
+    "mirror",
+    "open_source",
+    "order",
+    "stream",
+]
+
+# Which function opens a name: "KIND" or "KIND:ARGUMENT" calls OPENERS[KIND](ARGUMENT, image_size).
+OPENERS: dict[str, Callable[[str, int], DataSource]] = {"digits": open_digits}
+
+
+def open_source(name: str, image_size: int = 0) -> DataSource:
+    """Opens a data set by name.
+
+    Args:
+      name: "KIND" or "KIND:ARGUMENT", where `OPENERS` knows the kind.
+      image_size: side of the square images, in pixels; 0 where the data set has its own.
+
+    Raises:
+      InputError: no such kind (the message lists the known ones), or what its opener refuses.
+    """
+    kind, _, argument = name.partition(":")
+    if kind not in OPENERS:
+        raise InputError(f"unknown data set {name!r}; known: {', '.join(sorted(OPENERS))}.")
+    return OPENERS[kind](argument, image_size)
