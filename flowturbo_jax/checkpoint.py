@@ -1,4 +1,4 @@
-"""Orbax checkpoints: parameters alone for model directories, whole runs for training."""
+"""Orbax directories of parameters, checked by name and shape when they are read."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -9,6 +9,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from flax.traverse_util import flatten_dict
 
+from flowturbo_jax import parallel
 from flowturbo_jax.interfaces import InputError, Params
 from flowturbo_jax.weights.tensor import quoted
 
@@ -24,8 +25,9 @@ def save_params(directory: Path, params: Params) -> None:
     arguments = ocp.args.PyTreeSave(
         params, save_args=chunks, ocdbt_target_data_file_size=FILE_BYTES
     )
-    handler = ocp.PyTreeCheckpointHandler(save_concurrent_gb=1)
-    with ocp.Checkpointer(handler) as checkpointer:
+    options = parallel.alone()
+    handler = ocp.PyTreeCheckpointHandler(save_concurrent_gb=1, multiprocessing_options=options)
+    with ocp.Checkpointer(handler, multiprocessing_options=options) as checkpointer:
         checkpointer.save(Path(directory).absolute(), arguments)
     # Orbax notes there where it wrote; a model directory is whole by its checksum, wherever it is.
     (Path(directory) / "commit_success.txt").unlink(missing_ok=True)
@@ -49,7 +51,7 @@ def load_params(directory: Path, wanted: Params) -> Params:
     if not directory.is_dir():
         raise InputError(f"no parameters at {directory}; the folder does not exist")
     try:
-        with ocp.StandardCheckpointer() as checkpointer:
+        with ocp.StandardCheckpointer(multiprocessing_options=parallel.alone()) as checkpointer:
             metadata = checkpointer.metadata(directory).item_metadata
             if metadata is None:
                 raise InputError(f"there is no Orbax checkpoint at {directory}; restore a copy")
@@ -91,62 +93,3 @@ def _shown(name: str) -> str:
 def _damaged(directory: Path, error: Exception) -> str:
     reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
     return f"the checkpoint at {directory} is damaged or incomplete ({reason}); restore a copy"
-
-
-class Checkpoints:
-    """The checkpoints of one training run, newest last; saving is atomic.
-
-    Args:
-      directory: where they live; created if missing.
-      keep: how many of the newest stay.
-    """
-
-    def __init__(self, directory: Path, keep: int = 2):
-        options = ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=False)
-        self._directory = Path(directory).absolute()
-        self._manager = ocp.CheckpointManager(self._directory, options=options)
-
-    def __enter__(self) -> "Checkpoints":
-        return self
-
-    def __exit__(self, *_: Any) -> None:
-        self._manager.close()
-
-    @property
-    def latest_step(self) -> int | None:
-        """Step of the newest checkpoint, or None where there is none."""
-        return self._manager.latest_step()
-
-    def save(self, step: int, state: Any, config: dict[str, Any]) -> None:
-        """Saves a pytree of arrays, and the run's configuration beside it."""
-        if step == self.latest_step:
-            return
-        self._manager.save(
-            step,
-            args=ocp.args.Composite(
-                state=ocp.args.StandardSave(state), config=ocp.args.JsonSave(config)
-            ),
-        )
-
-    def config(self) -> dict[str, Any]:
-        """The configuration saved with the newest checkpoint.
-
-        Raises:
-          InputError: the checkpoint is damaged.
-        """
-        return self._restore(config=ocp.args.JsonRestore())["config"]
-
-    def state(self, like: Any) -> Any:
-        """The newest checkpoint's pytree, placed as `like` is.
-
-        Raises:
-          InputError: the checkpoint is damaged, or of another shape than `like`.
-        """
-        return self._restore(state=ocp.args.StandardRestore(like))["state"]
-
-    def _restore(self, **items: Any) -> Any:
-        step = self.latest_step
-        try:
-            return self._manager.restore(step, args=ocp.args.Composite(**items))
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise InputError(_damaged(self._directory / str(step), error)) from error

@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from flowturbo_jax.interfaces import InputError
+
 
 class Logbook:
     """Writes scalars and pictures of a run to `metrics.jsonl` and TensorBoard files.
@@ -40,15 +42,38 @@ class Logbook:
         self._file.close()
         self._board.close()
 
-    def scalars(self, step: int, values: Mapping[str, Any]) -> None:
-        """Records named numbers of one step everywhere."""
+    def scalars(
+        self,
+        step: int,
+        values: Mapping[str, Any],
+        details: Mapping[str, Any] | None = None,
+        note: str = "",
+    ) -> None:
+        """Records named numbers of one step.
+
+        Args:
+          step: which.
+          values: recorded everywhere.
+          details: recorded, but not shown.
+          note: shown, but not recorded.
+
+        Raises:
+          InputError: the disk is full or cannot be written to.
+        """
         values = {name: float(value) for name, value in values.items()}
-        self._file.write(json.dumps({"step": step, **values}) + "\n")
-        self._file.flush()
-        for name, value in values.items():
-            self._board.add_scalar(name, value, step)
+        details = {name: float(value) for name, value in (details or {}).items()}
+        try:
+            self._file.write(json.dumps({"step": step, **values, **details}) + "\n")
+            self._file.flush()
+            for name, value in {**values, **details}.items():
+                self._board.add_scalar(name, value, step)
+        except OSError as error:
+            raise InputError(
+                f"cannot write {self._path}: {error.strerror}; checkpoints are kept; make room, "
+                "and the same command continues"
+            ) from error
         text = "  ".join(f"{name} {value:.4g}" for name, value in values.items())
-        tqdm.write(f"step {step}  {text}")
+        tqdm.write(f"step {step}  {text}  {note}".rstrip())
 
     def picture(self, step: int, name: str, picture: np.ndarray) -> None:
         """Records a picture `[H, W, 3]` uint8 in TensorBoard."""

@@ -5,6 +5,7 @@ same numbers as the whole batch on one.
 """
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -72,14 +73,57 @@ def refiner_loss(
 
     Source: FlowTurbo eq. 7-10 and 13; train.py for "official".
     """
+    lesson = teach(teacher, data, noise, t, dt, condition, dropped, label_handling)
+    return lesson_loss(refiner, lesson, dropped)
+
+
+class Lesson(NamedTuple):
+    """What the teacher shows of one Euler step, for a batch.
+
+    Attributes:
+      x: the point after the step, `[B, ...]` float32.
+      v: the teacher's velocity before it, `[B, ...]` float32.
+      t: flow time after it, `[B]` float32.
+      target: the teacher's velocity after it, `[B, ...]` float32.
+    """
+
+    x: Latents
+    v: Velocity
+    t: BatchTime
+    target: Velocity
+
+
+def teach(
+    teacher: Callable[[Latents, BatchTime, Condition], Velocity],
+    data: Latents,
+    noise: Latents,
+    t: BatchTime,
+    dt: BatchTime,
+    condition: Condition,
+    dropped: Condition,
+    label_handling: str = "paper",
+) -> Lesson:
+    """One Euler step of the frozen teacher, which is evaluated once before and once after it.
+
+    The arguments are those of `refiner_loss`.
+    """
     if label_handling not in LABEL_HANDLING:
         raise ValueError(f"label_handling is {label_handling!r}, not one of {LABEL_HANDLING}")
     first = condition if label_handling == "official" else dropped
     x = path.interpolate(noise, data, t)
     v = jax.lax.stop_gradient(teacher(x, t, first))
     x = x + path.per_sample(dt, x) * v
-    target = jax.lax.stop_gradient(teacher(x, t + dt, dropped))
-    return _mean_square(refiner(x, v, t + dt, dropped) + v - target)
+    return Lesson(x, v, t + dt, jax.lax.stop_gradient(teacher(x, t + dt, dropped)))
+
+
+def lesson_loss(
+    refiner: Callable[[Latents, Velocity, BatchTime, Condition], Velocity],
+    lesson: Lesson,
+    dropped: Condition,
+) -> Losses:
+    """How far the refined old velocity is from the teacher's new one, `[B]` float32."""
+    x, v, t, target = lesson
+    return _mean_square(refiner(x, v, t, dropped) + v - target)
 
 
 def _mean_square(error: Velocity) -> Losses:

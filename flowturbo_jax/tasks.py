@@ -2,19 +2,19 @@
 
 import dataclasses
 from collections.abc import Callable
-from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from flowturbo_jax import data, model_directory, objective
+from flowturbo_jax import cost, data, model_directory, objective
 from flowturbo_jax.interfaces import InputError, Params
 from flowturbo_jax.model_directory import Description, Model
 from flowturbo_jax.models import family
 from flowturbo_jax.train_config import TrainConfig
 
-Losses = Callable[[Params, Params | None, dict[str, jax.Array], jax.Array], dict[str, jax.Array]]
+Batch = dict[str, Any]
+BACKWARD = 2  # in forward passes: products with the transposed inputs, and with the kernels
 
 
 class Task(NamedTuple):
@@ -23,17 +23,23 @@ class Task(NamedTuple):
     Attributes:
       network: module whose parameters are trained.
       frozen: parameters the losses need besides, or None.
-      losses: `(params, frozen, batch, key) -> {name: [B]}`; "loss" is what is minimised.
-      evaluate: as losses, on the times a sampler asks for whatever the recipe trains on: a step
-        size per sample, and t + dt <= 1. So recipes can be compared.
+      loss: `(params, frozen, batch, key) -> [B]`, what is minimised.
+      evaluate: `(params, frozen, batch, key) -> {name: [B]}`: the flow time "t" of each sample, its
+        "loss", and what that is to be compared with. It takes the times a sampler asks for whatever
+        the recipe trains on (a step size per sample, t + dt <= 1), so recipes can be compared.
       model: `(params) -> Model`, to sample from and to save.
+      multiply_adds: of one sample in one training step, a backward pass counting as two forward
+        passes, and what is computed twice to save memory as once.
+      teacher_sha256: `model_directory.fingerprint` of the frozen parameters; "" without.
     """
 
     network: Any
     frozen: Params | None
-    losses: Losses
-    evaluate: Losses
+    loss: Callable[[Params, Params | None, Batch, jax.Array], objective.Losses]
+    evaluate: Callable[[Params, Params | None, Batch, jax.Array], dict[str, objective.Losses]]
     model: Callable[[Params], Model]
+    multiply_adds: int
+    teacher_sha256: str = ""
 
 
 def make_task(config: TrainConfig, source: data.DataSource) -> Task:
@@ -58,11 +64,14 @@ def _predictor_task(config: TrainConfig, source: data.DataSource) -> Task:
     options = {"dtype": model_directory.network_dtype(config.dtype)}
     network = kind.predictor(network_config, remat=config.remat, **options)
 
-    def losses(params, frozen, batch, key):
+    def evaluate(params, frozen, batch, key):
         draws = _draws(config, network_config, batch, key)
         predictor = _apply(network, params)
         args = (batch["data"], draws["noise"], draws["t"], draws["dropped"])
-        return {"loss": objective.flow_matching_loss(predictor, *args)}
+        return {"loss": objective.flow_matching_loss(predictor, *args), "t": draws["t"]}
+
+    def loss(params, frozen, batch, key):
+        return evaluate(params, frozen, batch, key)["loss"]
 
     def model(params):
         description = Description(
@@ -77,11 +86,12 @@ def _predictor_task(config: TrainConfig, source: data.DataSource) -> Task:
         )
         return Model(description, kind.predictor(network_config, **options), params, None, None)
 
-    return Task(network, None, losses, losses, model)
+    work = (1 + BACKWARD) * _multiply_adds(kind.predictor(network_config), network_config)
+    return Task(network, None, loss, evaluate, model, work)
 
 
 def _refiner_task(config: TrainConfig, source: data.DataSource) -> Task:
-    teacher = model_directory.load(config.model_dir, config.dtype)
+    teacher = model_directory.load(config.model_dir, config.teacher_dtype)
     predictor_config = teacher.description.predictor
     _check_fits(config, predictor_config, source)
     kind = family(teacher.description.family)
@@ -99,7 +109,7 @@ def _refiner_task(config: TrainConfig, source: data.DataSource) -> Task:
             guidance_scale=config.guidance_scale,
             source={**teacher.description.source, "refiner": _provenance(config, source)},
         ),
-        teacher.predictor,
+        kind.predictor(predictor_config, **options),
         teacher.predictor_params,
         kind.refiner(network_config, **options),
         None,
@@ -107,33 +117,52 @@ def _refiner_task(config: TrainConfig, source: data.DataSource) -> Task:
         teacher.vae_params,
     )
 
-    def losses(recipe, params, frozen, batch, key):
+    def lesson(recipe, frozen, batch, key):
         draws = _draws(recipe, predictor_config, batch, key)
+        shown = objective.teach(
+            _apply(teacher.predictor, frozen),
+            batch["data"],
+            draws["noise"],
+            draws["t"],
+            draws["dt"],
+            draws["condition"],
+            draws["dropped"],
+            config.label_handling,
+        )
+        return shown, draws["dropped"]
 
-        def loss(refiner):
-            return objective.refiner_loss(
-                refiner,
-                _apply(teacher.predictor, frozen),
-                batch["data"],
-                draws["noise"],
-                draws["t"],
-                draws["dt"],
-                draws["condition"],
-                draws["dropped"],
-                config.label_handling,
-            )
+    def loss(params, frozen, batch, key):
+        return objective.lesson_loss(_apply(network, params), *lesson(config, frozen, batch, key))
 
-        return {
-            "loss": loss(_apply(network, params)),
-            "keep_velocity": loss(lambda x, v, t, condition: jnp.zeros_like(v)),
-        }
+    fair = dataclasses.replace(config, dt_per_sample=True, times_inside=True)
+
+    def evaluate(params, frozen, batch, key):
+        shown, dropped = lesson(fair, frozen, batch, key)
+        keep = objective.lesson_loss(lambda x, v, t, labels: jnp.zeros_like(v), shown, dropped)
+        refined = objective.lesson_loss(_apply(network, params), shown, dropped)
+        return {"loss": refined, "keep_velocity": keep, "t": shown.t}
 
     def model(params):
         return dataclasses.replace(trained, refiner_params=params)
 
-    fair = dataclasses.replace(config, dt_per_sample=True, times_inside=True)
-    return Task(
-        network, teacher.predictor_params, partial(losses, config), partial(losses, fair), model
+    work = 2 * _multiply_adds(kind.predictor(predictor_config), predictor_config)
+    work += (1 + BACKWARD) * _multiply_adds(kind.refiner(network_config), predictor_config, 2)
+    # Networks cast each kernel to their dtype before they use it: cast once, they are smaller.
+    frozen = jax.tree.map(
+        lambda leaf: leaf.astype(teacher.predictor.dtype), teacher.predictor_params
+    )
+    sha256 = model_directory.fingerprint(teacher.predictor_params)
+    return Task(network, frozen, loss, evaluate, model, work, sha256)
+
+
+def _multiply_adds(network: Any, config: Any, inputs: int = 1) -> int:
+    """Multiply-adds of one sample's forward pass; a refiner has two inputs, x and v."""
+    x = jax.ShapeDtypeStruct((1, *config.shape), jnp.float32)
+    labels = jax.ShapeDtypeStruct((1,), jnp.int32) if config.num_classes else None
+    params = model_directory.abstract_params(network)
+    arguments = (*[x] * inputs, jax.ShapeDtypeStruct((1,), jnp.float32), labels)
+    return cost.multiply_adds(
+        lambda params, args: _apply(network, params)(*args), params, arguments
     )
 
 
@@ -167,7 +196,8 @@ def _check_fits(config: TrainConfig, network_config: Any, source: data.DataSourc
     if network_config.shape != source.shape:
         raise InputError(
             f"the model takes {list(network_config.shape)}, but {source.name} has "
-            f"{list(source.shape)}; change the model's input_size and in_channels"
+            f"{list(source.shape)}; change the model's input_size and in_channels, or image_size, "
+            "or turn images into latents: python -m flowturbo_jax encode --help"
         )
     has_null = network_config.null_label is not None
     if network_config.num_classes and (config.label_dropout > 0) != has_null:

@@ -16,6 +16,7 @@ DECAYS = ("constant", "cosine")
 # Keys that only the refiner objective reads.
 REFINER_KEYS = (
     "model_dir",
+    "teacher_dtype",
     "label_handling",
     "dt_min",
     "dt_max",
@@ -23,7 +24,14 @@ REFINER_KEYS = (
     "times_inside",
 )
 # Keys that may differ when a run is resumed: they do not change what is computed.
-FREE_KEYS = ("name", "log_every", "evaluate_every", "checkpoint_every", "allow_config_change")
+FREE_KEYS = (
+    "name",
+    "data_threads",
+    "log_every",
+    "evaluate_every",
+    "checkpoint_every",
+    "allow_config_change",
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,19 +40,28 @@ class TrainConfig(Recipe):
 
     Attributes:
       objective: "flow_matching" trains a predictor, "refiner" a refiner of model_dir's predictor.
-      data: name of the data set, as `data.open_source` takes it.
+      data: name of the data set: digits, folder:DIR, tfds:NAME or latents:DIR.
+      image_size: side of the square images of a folder or a TFDS data set, in pixels; 0 for data
+        that has its own.
+      horizontal_flip: exchange left and right in half of the samples.
+      unreadable_limit: fraction of the data that may be unreadable; each is named and replaced.
+      data_threads: threads that read, decode and crop ahead of the training.
       model_dir: model directory of the teacher (refiner only).
       model: the network's hyper-parameters; for a predictor its family too, for a refiner only
         what differs from the predictor's one-block refiner.
       seed: of initial parameters, data order and every random draw.
       steps: optimiser steps.
-      batch_size: samples per step, over all devices.
+      batch_size: samples per step, over all devices of all processes.
+      accumulation_steps: parts a device's share of the batch is split into, one after the other, to
+        need less memory.
       learning_rate: of AdamW, at its highest.
       learning_rate_decay: "constant" or "cosine" (to 0 at the last step).
       warmup_steps: of linear rise.
       weight_decay: decoupled.
       gradient_clip: largest global norm; 0 for none.
-      ema_decay: per step.
+      ema_decay: per step, of the moving average that is kept as the result.
+      ema_half_life: the same in samples: after so many, half of the average is newer. It replaces
+        ema_decay, and means the same for every batch_size; 0 for none.
       ema_warmup: let the average's memory grow with the run; see `train_state.ema_rate`.
       label_dropout: probability that a sample's label is dropped.
       label_handling: (refiner) "paper" or "official"; see `objective.refiner_loss`.
@@ -52,7 +69,8 @@ class TrainConfig(Recipe):
       dt_max: (refiner) largest.
       dt_per_sample: (refiner) draw a step size per sample; the official code draws one per batch.
       times_inside: (refiner) scale t so that t + dt <= 1; the official code does not.
-      dtype: of the networks' matrix products.
+      dtype: of the trained network's matrix products; its parameters stay float32.
+      teacher_dtype: (refiner) of the teacher's matrix products and parameters.
       remat: recompute blocks in the backward pass: less memory; on CPU also faster.
       schedule: of the sample grids on the way.
       guidance: of the sample grids, and the written model's default.
@@ -71,12 +89,18 @@ class TrainConfig(Recipe):
     batch_size: int
     learning_rate: float
     model_dir: str = ""
+    image_size: int = 0
+    horizontal_flip: bool = False
+    unreadable_limit: float = 0.001
+    data_threads: int = 4
     seed: int = 0
+    accumulation_steps: int = 1
     learning_rate_decay: str = "constant"
     warmup_steps: int = 0
     weight_decay: float = 0.0
     gradient_clip: float = 0.0
     ema_decay: float = 0.9999
+    ema_half_life: float = 0.0
     ema_warmup: bool = True
     label_dropout: float = 0.1
     label_handling: str = "paper"
@@ -85,6 +109,7 @@ class TrainConfig(Recipe):
     dt_per_sample: bool = True
     times_inside: bool = True
     dtype: str = "float32"
+    teacher_dtype: str = "float32"
     remat: bool = False
     schedule: str = "H8"
     guidance: str = "paired"
@@ -102,9 +127,9 @@ class TrainConfig(Recipe):
         self.check_choice("label_handling", LABEL_HANDLING)
         self.check_choice("guidance", MODES)
         counts = ("steps", "batch_size", "log_every", "evaluate_every", "checkpoint_every")
-        self.check_range((*counts, "evaluation_size"), 1)
-        self.check_range(("weight_decay", "gradient_clip"), 0)
-        self.check_range(("ema_decay", "label_dropout"), 0, 1)
+        self.check_range((*counts, "evaluation_size", "accumulation_steps", "data_threads"), 1)
+        self.check_range(("weight_decay", "gradient_clip", "ema_half_life", "image_size"), 0)
+        self.check_range(("ema_decay", "label_dropout", "unreadable_limit"), 0, 1)
         self.check_range(("seed",), 0, 2**32)
         if not 0 <= self.warmup_steps < self.steps:
             raise InputError(
@@ -117,7 +142,11 @@ class TrainConfig(Recipe):
             raise InputError(
                 f"config keys dt_min {self.dt_min} and dt_max {self.dt_max} must rise within [0, 1)"
             )
+        defaults = {field.name: field.default for field in dataclasses.fields(self)}
+        if self.ema_half_life and self.ema_decay != defaults["ema_decay"]:
+            raise InputError("config keys ema_decay and ema_half_life mean the same; give one")
         network_dtype(self.dtype)
+        network_dtype(self.teacher_dtype)
         schedule = Schedule.parse(self.schedule)
         if self.objective == "refiner":
             if not self.model_dir:
@@ -125,10 +154,16 @@ class TrainConfig(Recipe):
             return
         if schedule.needs_refiner:
             raise InputError(f"schedule {schedule} refines, but a predictor is trained; use H or P")
-        defaults = {field.name: field.default for field in dataclasses.fields(self)}
         for key in REFINER_KEYS:
             if getattr(self, key) != defaults[key]:
                 raise InputError(f"config key {key} belongs to the refiner objective; leave it out")
+
+    @property
+    def step_decay(self) -> float:
+        """Decay of the moving average in one step."""
+        if self.ema_half_life:
+            return 0.5 ** (self.batch_size / self.ema_half_life)
+        return self.ema_decay
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:

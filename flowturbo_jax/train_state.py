@@ -54,6 +54,15 @@ def make_optimizer(
       weight_decay: decoupled, on all but the frozen parameters.
       gradient_clip: largest global norm of the gradient; 0 for no limit.
     """
+    rate = learning_rates(learning_rate, steps, decay, warmup_steps)
+    clip = optax.clip_by_global_norm(gradient_clip) if gradient_clip else optax.identity()
+    return optax.chain(clip, optax.adamw(rate, weight_decay=weight_decay, mask=_learnt))
+
+
+def learning_rates(
+    learning_rate: float, steps: int, decay: str = "constant", warmup_steps: int = 0
+) -> optax.Schedule:
+    """The learning rate at a step; the arguments are those of `make_optimizer`."""
     if decay == "cosine":
         rate = optax.cosine_decay_schedule(learning_rate, max(steps - warmup_steps, 1))
     else:
@@ -61,8 +70,7 @@ def make_optimizer(
     if warmup_steps:
         rise = optax.linear_schedule(0.0, learning_rate, warmup_steps)
         rate = optax.join_schedules([rise, rate], [warmup_steps])
-    clip = optax.clip_by_global_norm(gradient_clip) if gradient_clip else optax.identity()
-    return optax.chain(clip, optax.adamw(rate, weight_decay=weight_decay, mask=_learnt))
+    return rate
 
 
 def _learnt(params: Params) -> Params:

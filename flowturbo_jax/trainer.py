@@ -1,36 +1,47 @@
 """Training, from a recipe and a folder to a model directory: reads top to bottom."""
 
 import dataclasses
-import os
-import signal
-import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-import optax
 from tqdm import tqdm
 
-from flowturbo_jax import data, images, model_directory, parallel, tasks, train_state
-from flowturbo_jax.checkpoint import Checkpoints
-from flowturbo_jax.interfaces import InputError, Params
+from flowturbo_jax import (
+    data,
+    images,
+    model_directory,
+    parallel,
+    run_folder,
+    stopping,
+    tasks,
+    throughput,
+    train_state,
+    training_step,
+)
+from flowturbo_jax.interfaces import InputError
 from flowturbo_jax.logbook import Logbook
 from flowturbo_jax.model_directory import Model
 from flowturbo_jax.pipelines.class_to_image import ClassToImage
+from flowturbo_jax.run_checkpoints import Checkpoints
 from flowturbo_jax.tasks import Task
 from flowturbo_jax.train_config import TrainConfig, differences
 from flowturbo_jax.train_state import TrainState
+from flowturbo_jax.training_watch import Feed, Watch, with_index
+
+SMALL_IMAGE = 64  # pixels: smaller ones are enlarged, larger ones are few
 
 
 def train_and_evaluate(config: Any, workdir: str | Path) -> TrainState:
     """Trains by a recipe, and writes checkpoints, metrics, sample grids and a model directory.
 
-    A run that was stopped continues from its newest checkpoint, bit for bit: batch and random
-    draws of a step are functions of (seed, step) alone. SIGINT and SIGTERM save and stop.
+    A run that was stopped, however it was, continues from its newest whole checkpoint, bit for bit:
+    batch and random draws of a step are functions of (seed, step) alone. SIGINT and SIGTERM save
+    and stop. Every process of a run (`parallel.join`) calls this; process 0 writes the files.
 
     Args:
       config: a mapping with the keys of `TrainConfig`.
@@ -41,140 +52,95 @@ def train_and_evaluate(config: Any, workdir: str | Path) -> TrainState:
       The state after the last step made.
 
     Raises:
-      InputError: the recipe is wrong, or not the one the run in workdir was begun with.
+      InputError: the recipe is wrong, or not the one the run in workdir was begun with; another run
+        has the workdir; the data, the disk or the arithmetic failed.
     """
     config = TrainConfig.create(config)
     workdir = Path(workdir)
-    parallel.check_batch_size(config.batch_size)
-    source = data.open_source(config.data)
-    task = tasks.make_task(config, source)
-    _check_workdir(workdir)
-    batches = data.batches(source, config.batch_size, config.seed)
-    optimizer = optimizer_of(config)
-    init_key, train_key, evaluation_key = jax.random.split(jax.random.key(config.seed), 3)
-    params = jax.jit(task.network.initialise)(init_key)
-    state = parallel.replicate(train_state.create(params, optimizer))
-    frozen = parallel.replicate(task.frozen)
-    step_function = parallel.data_parallel(make_step(task, optimizer, config, train_key))
-    evaluate = jax.jit(task.evaluate)
-    evaluation_batch = _with_index(data.batches(source, config.evaluation_size, config.seed)[0])
+    parallel.check_batch_size(config.batch_size, config.accumulation_steps)
+    with stopping.requests() as stop, ExitStack() as resources:
+        with parallel.together("the start"):
+            source = data.open_source(config.data, config.image_size)
+            task = tasks.make_task(config, source)
+            if parallel.is_first():
+                resources.enter_context(run_folder.reserved(workdir))
+        identity = _identity(config, source, task)
+        parallel.check_same(json.dumps(identity, sort_keys=True), "recipe, data and teacher")
 
-    identity = _identity(config, source, task)
-    with Checkpoints(workdir / "checkpoints") as checkpoints, _stop_signals() as stop:
-        state = _resume(checkpoints, state, identity, config.allow_config_change)
+        optimizer = training_step.optimizer_of(config)
+        init_key, train_key, evaluation_key = jax.random.split(jax.random.key(config.seed), 3)
+        state = train_state.create(jax.jit(task.network.initialise)(init_key), optimizer)
+        checkpoints = None
+        with parallel.together("resuming"):
+            if parallel.is_first():
+                checkpoints = Checkpoints(workdir / "checkpoints", report=tqdm.write)
+                state = _resume(checkpoints, state, identity, config.allow_config_change)
+        state = parallel.replicate(parallel.from_first(state))
+        frozen = parallel.replicate(task.frozen)
+
+        step_function = parallel.data_parallel(
+            training_step.make_step(task, optimizer, config, train_key)
+        )
+        evaluate = parallel.data_parallel(
+            training_step.make_evaluation(task, evaluation_key), donate=False
+        )
         first = int(state.step)
-        with (
-            Logbook(workdir, first + 1) as logbook,
-            tqdm(total=config.steps, initial=first, unit="step", desc=config.objective) as bar,
-        ):
-            for step in range(first, config.steps):
-                state, metrics = step_function(state, frozen, _with_index(batches[step]))
-                bar.update()
-                done = step + 1
-                stopping = stop.is_set()  # once: a signal may come at any moment
-                save = stopping or _due(done, config.checkpoint_every, config.steps)
-                log = _due(done, config.log_every, config.steps)
-                if save or log:
-                    _check_finite(metrics, done, checkpoints.latest_step)
-                if log:
-                    logbook.scalars(done, {f"train/{k}": v for k, v in metrics.items()})
-                    bar.set_postfix(loss=f"{float(metrics['loss']):.4f}")
-                if _due(done, config.evaluate_every, config.steps):
-                    losses = evaluate(state.ema_params, frozen, evaluation_batch, evaluation_key)
-                    logbook.scalars(done, {f"evaluation/{k}": v.mean() for k, v in losses.items()})
-                    picture = _sample_grid(task.model(state.ema_params), config)
-                    images.save_png(workdir / "samples" / f"{done:07d}.png", picture)
-                    logbook.picture(done, "samples", picture)
-                if save:  # last, so that what is not saved is also made again
+        feed = Feed(config, source, first)
+        watch = Watch(config, source, feed, workdir, kept=checkpoints.kept if checkpoints else str)
+        meter = _meter(config, task)
+        chunks = list(_evaluation_chunks(config, source))
+        logbook = None
+        if parallel.is_first():
+            logbook = resources.enter_context(Logbook(workdir, first + 1))
+        bar = resources.enter_context(_progress_bar(config, first))
+        stopped = parallel.anywhere(stop.is_set())
+        for step in range(first, config.steps):
+            if stopped:
+                break
+            with meter.waiting():
+                batch = feed.next(stop)
+            state, metrics = step_function(state, frozen, batch)
+            bar.update()
+            meter.step()
+            done = step + 1
+            log, look, save = (
+                done % every == 0 or done == config.steps
+                for every in (config.log_every, config.evaluate_every, config.checkpoint_every)
+            )
+            # The first step is waited for as well: what it takes to compile is not speed.
+            due = log or look or save or done == first + 1
+            # Alone, a process need not ask the others whether to stop.
+            now = stop.is_set() and parallel.part()[1] == 1
+            stopped = watch.see(done, metrics, at_once=due or now) or now
+            if not (due or stopped):
+                continue
+            rates = meter.rates()
+            losses = [evaluate(state.ema_params, frozen, chunk) for chunk in chunks if look]
+            with parallel.together(f"writing at step {done}"):
+                if logbook is not None and log:
+                    _log_step(logbook, config, done, metrics, rates, feed)
+                if logbook is not None and look:
+                    means, by_time = training_step.summarise(losses)
+                    logbook.scalars(
+                        done, _prefixed("evaluation", means), _prefixed("evaluation", by_time)
+                    )
+                    _write_samples(
+                        logbook, workdir, done, task.model(_host(state.ema_params)), config
+                    )
+                if checkpoints is not None and (save or stopped):
+                    # Last, so that what is not saved is also made again.
                     checkpoints.save(done, state, identity)
-                if stopping:
-                    break
-    if int(state.step) < config.steps:
-        return state
-    model = task.model(jax.tree.map(np.asarray, state.ema_params))
-    model_directory.save(
-        workdir / "model",
-        model.description,
-        model.predictor_params,
-        model.refiner_params,
-        model.vae_params,
-    )
+            meter.begin()
+        if int(state.step) == config.steps:
+            with parallel.together("writing the model"):
+                if parallel.is_first():
+                    _write_model(workdir, task.model(_host(state.ema_params)))
     return state
-
-
-def make_step(task: Task, optimizer: Any, config: TrainConfig, key: jax.Array) -> Callable:
-    """The step `parallel.data_parallel` compiles: loss, gradients, mean, update."""
-
-    def step(state, frozen, batch, mean):
-        step_key = jax.random.fold_in(key, state.step)
-
-        def loss(params):
-            return jnp.mean(task.losses(params, frozen, batch, step_key)["loss"])
-
-        value, gradients = mean(jax.value_and_grad(loss)(state.params))
-        new = train_state.apply_gradients(
-            state, gradients, optimizer, config.ema_decay, config.ema_warmup
-        )
-        norms = {"gradient_norm": _norm(gradients), "parameter_norm": _norm(new.params)}
-        return new, {"loss": value, **norms}
-
-    return step
-
-
-def optimizer_of(config: TrainConfig) -> optax.GradientTransformation:
-    """The optimiser a recipe describes."""
-    return train_state.make_optimizer(
-        config.learning_rate,
-        config.steps,
-        config.learning_rate_decay,
-        config.warmup_steps,
-        config.weight_decay,
-        config.gradient_clip,
-    )
-
-
-def _norm(tree: Params) -> jax.Array:
-    return jnp.sqrt(sum(jnp.sum(jnp.square(leaf)) for leaf in jax.tree.leaves(tree)))
-
-
-def _with_index(batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    return {**batch, "index": np.arange(len(batch["data"]), dtype=np.int32)}
-
-
-def _due(done: int, every: int, steps: int) -> bool:
-    return done % every == 0 or done == steps
-
-
-def _check_finite(metrics: dict[str, jax.Array], step: int, last_good: int | None) -> None:
-    """Refuses to go on, or to save, once the loss or the parameters are no numbers any more."""
-    wrong = {name: float(value) for name, value in metrics.items() if not jnp.isfinite(value)}
-    if wrong:
-        kept = "none was saved" if last_good is None else f"the last is of step {last_good}"
-        raise InputError(
-            f"training diverged: {', '.join(f'{k} is {v}' for k, v in wrong.items())} at step "
-            f"{step} (checkpoints: {kept}); begin in another workdir with a lower learning_rate or "
-            "with gradient_clip"
-        )
-
-
-def _check_workdir(workdir: Path) -> None:
-    """Makes the run's folder, and sees that the model can be written there at the end."""
-    try:
-        workdir.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(
-            f"cannot write to {workdir}: {error.strerror}; change --workdir"
-        ) from error
-    if not os.access(workdir, os.W_OK):
-        raise InputError(f"cannot write to {workdir}: it is read-only; change --workdir")
-    model = workdir / "model"
-    if model.exists() and not (model / "model.json").is_file():
-        raise InputError(f"{model} exists and is no model directory; change --workdir")
 
 
 def _identity(config: TrainConfig, source: data.DataSource, task: Task) -> dict[str, Any]:
     """What a run must agree with to be continued."""
-    teacher = {} if task.frozen is None else {"teacher": model_directory.fingerprint(task.frozen)}
+    teacher = {"teacher": task.teacher_sha256} if task.teacher_sha256 else {}
     return {"data_fingerprint": source.fingerprint, **teacher, **dataclasses.asdict(config)}
 
 
@@ -204,33 +170,88 @@ def _resume(
     return checkpoints.state(state)
 
 
-def _sample_grid(model: Model, config: TrainConfig, rows: int = 4) -> np.ndarray:
-    """A picture `[H, W, 3]` uint8 of samples, a column per class (the first ten)."""
-    classes = min(max(model.description.predictor.num_classes, 1), 10)
-    labels = np.tile(np.arange(classes), rows)
+def _evaluation_chunks(config: TrainConfig, source: data.DataSource) -> Iterator[data.Batch]:
+    """This process's part of the fixed batch, in chunks that fit where a training step does."""
+    size, part = config.batch_size // config.accumulation_steps, parallel.part()
+    batches = data.batches(source, size, config.seed, config.horizontal_flip, part)
+    for chunk in range(-(-config.evaluation_size // size)):
+        batch = with_index(batches[chunk], part, first=chunk * size)
+        del batch["unreadable"]  # named when training comes to it
+        yield {**batch, "weight": (batch["index"] < config.evaluation_size).astype(np.float32)}
+
+
+def _meter(config: TrainConfig, task: Task) -> throughput.Meter:
+    """Measures speed; a step in half precision anywhere is held against the peak of that."""
+    half = "bfloat16" in (config.dtype, config.teacher_dtype)
+    peak = throughput.peak(parallel.device_kind(), "bfloat16" if half else "float32")
+    flop = 2 * task.multiply_adds * config.batch_size
+    return throughput.Meter(config.batch_size, flop, peak and peak * parallel.device_count())
+
+
+def _progress_bar(config: TrainConfig, first: int) -> tqdm:
+    """A bar on a terminal, and in process 0 only; log lines tell the time to go elsewhere."""
+    shown = None if parallel.is_first() else True
+    options = {"total": config.steps, "initial": first, "unit": "step", "disable": shown}
+    return tqdm(desc=config.objective, **options)
+
+
+def _log_step(
+    logbook: Logbook,
+    config: TrainConfig,
+    done: int,
+    metrics: dict[str, jax.Array],
+    rates: dict[str, float],
+    feed: Feed,
+) -> None:
+    learning_rate = train_state.learning_rates(
+        config.learning_rate, config.steps, config.learning_rate_decay, config.warmup_steps
+    )(done - 1)
+    names = ("loss", "gradient_norm", "parameter_norm")
+    values = _prefixed("train", {name: metrics[name] for name in names})
+    values["train/learning_rate"] = learning_rate
+    if feed.unreadable:
+        values["train/unreadable"] = len(feed.unreadable)
+    values.update(_prefixed("speed", rates))
+    left = (config.steps - done) * rates.get("ms_per_step", 0.0) / 1e3
+    logbook.scalars(done, values, note=f"({throughput.duration(left)} to go)" if left else "")
+
+
+def _write_samples(
+    logbook: Logbook, workdir: Path, done: int, model: Model, config: TrainConfig
+) -> None:
+    """A picture of samples: a column per class (the first ten), or of eight classes if large."""
+    classes = max(model.description.predictor.num_classes, 1)
+    side = model.description.image_shape[0]
+    if side <= SMALL_IMAGE:
+        columns = min(classes, 10)
+        labels = np.tile(np.arange(columns), 4)
+    else:
+        columns = 4
+        labels = np.linspace(0, classes - 1, 8).astype(np.int32)
     pipe = ClassToImage(model)
-    samples = pipe(labels, seeds=config.seed, schedule=config.schedule)
-    return images.grid(np.asarray(samples), columns=classes, zoom=4)
-
-
-@contextmanager
-def _stop_signals() -> Iterator[threading.Event]:
-    """An event that SIGINT and SIGTERM set, so that a run ends between two steps."""
-    stop = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield stop
-        return
-    previous = {}
-
-    def request(number: int, _: Any) -> None:
-        stop.set()
-        for other, handler in previous.items():  # a second signal ends the program at once
-            signal.signal(other, handler)
-
-    for number in (signal.SIGINT, signal.SIGTERM):
-        previous[number] = signal.signal(number, request)
+    samples = pipe(
+        labels, seeds=config.seed, schedule=config.schedule, batch_size=min(len(labels), 8)
+    )
+    picture = images.grid(np.asarray(samples), columns, zoom=max(1, SMALL_IMAGE // side))
     try:
-        yield stop
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
+        images.save_png(workdir / "samples" / f"{done:07d}.png", picture)
+    except OSError as error:
+        raise InputError(
+            f"cannot write to {workdir / 'samples'}: {error.strerror}; make room, and the same "
+            "command continues from the last checkpoint"
+        ) from error
+    logbook.picture(done, "samples", picture)
+
+
+def _write_model(workdir: Path, model: Model) -> None:
+    params = (model.predictor_params, model.refiner_params, model.vae_params)
+    model_directory.save(workdir / "model", model.description, *params)
+
+
+def _prefixed(group: str, values: Mapping[str, Any]) -> dict[str, Any]:
+    return {f"{group}/{name}": value for name, value in values.items()}
+
+
+def _host(tree: Any) -> Any:
+    """A tree of arrays in the memory of this machine."""
+    return jax.tree.map(np.asarray, tree)

@@ -32,9 +32,9 @@ def test_state_keeps_its_shape_and_value_on_any_number_of_devices(count):
 
 def test_a_batch_that_does_not_split_names_sizes_that_do():
     with pytest.raises(InputError, match="batch_size 6 does not split over 4 devices; take 4 or 8"):
-        parallel.check_batch_size(6, jax.devices()[:4])
+        parallel.check_batch_size(6, devices=jax.devices()[:4])
     with pytest.raises(InputError, match=r"take 4$"):
-        parallel.check_batch_size(3, jax.devices()[:4])
+        parallel.check_batch_size(3, devices=jax.devices()[:4])
     run = parallel.data_parallel(step, jax.devices()[:4])
     with pytest.raises(InputError, match="does not split"):
         run(start(), jnp.asarray(1.0), {"x": np.zeros(6, np.float32)})

@@ -1,16 +1,26 @@
 import json
 import os
 import signal
+import threading
 
 import jax
 import numpy as np
 import pytest
 import tiny
 
-from flowturbo_jax import data, model_directory, parallel, tasks, train_state, trainer
+from flowturbo_jax import (
+    data,
+    model_directory,
+    parallel,
+    tasks,
+    train_state,
+    trainer,
+    training_step,
+)
 from flowturbo_jax.interfaces import InputError
 from flowturbo_jax.pipelines.class_to_image import ClassToImage
 from flowturbo_jax.train_config import TrainConfig
+from flowturbo_jax.training_watch import Feed
 
 
 def same_bits(a, b) -> bool:
@@ -18,48 +28,52 @@ def same_bits(a, b) -> bool:
     return all(jax.tree.leaves(same))
 
 
-def one_step(recipe: dict, devices: list, steps: int = 2):
-    """The state after a few steps on given devices, without files."""
+def some_steps(recipe: dict, devices: list, steps: int = 2):
+    """The state and losses after a few steps on given devices, without files."""
     config = TrainConfig.create(recipe)
     source = data.open_source(config.data)
     task = tasks.make_task(config, source)
-    optimizer = trainer.optimizer_of(config)
+    optimizer = training_step.optimizer_of(config)
     state = train_state.create(task.network.initialise(jax.random.key(1)), optimizer)
     state = parallel.replicate(state, devices)
     frozen = parallel.replicate(task.frozen, devices)
     step = parallel.data_parallel(
-        trainer.make_step(task, optimizer, config, jax.random.key(0)), devices
+        training_step.make_step(task, optimizer, config, jax.random.key(0)), devices
     )
-    batches = data.batches(source, config.batch_size, config.seed)
+    feed = Feed(config, source, 0)
     losses = []
-    for i in range(steps):
-        batch = {**batches[i], "index": np.arange(config.batch_size, dtype=np.int32)}
-        state, metrics = step(state, frozen, batch)
+    for _ in range(steps):
+        state, metrics = step(state, frozen, feed.next(threading.Event()))
         losses.append(float(metrics["loss"]))
     return state, losses
 
 
-def record_batches(monkeypatch, batches) -> list[int]:
-    """Lets data.batches note which training steps are asked for, and returns the list."""
-    asked: list[int] = []
+def record_streams(monkeypatch, at=None, do=None) -> list[int]:
+    """Lets data.stream note the steps training takes batches for, and act before one of them."""
+    stream, asked = data.stream, []
 
-    class Recording:
-        def __init__(self, source, batch_size, seed):
-            self._batches, self._train = batches(source, batch_size, seed), batch_size == 8
+    def recording(source, batch_size, seed, flip, part, first_step, threads):
+        batches = stream(source, batch_size, seed, flip, part, first_step, threads)
+        for step, batch in enumerate(batches, first_step):
+            asked.append(step)
+            if step == at:
+                do()
+            yield batch
 
-        def __getitem__(self, step):
-            if self._train:  # the evaluation batch has another size
-                asked.append(step)
-            return self._batches[step]
-
-    monkeypatch.setattr(data, "batches", Recording)
+    monkeypatch.setattr(data, "stream", recording)
     return asked
+
+
+def metrics_of(workdir) -> list[dict]:
+    """The recorded numbers, without those of speed, which differ from run to run."""
+    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if not k.startswith("speed/")} for line in lines]
 
 
 def test_training_writes_checkpoints_metrics_samples_and_a_model(tmp_path):
     state = trainer.train_and_evaluate(tiny.recipe(), tmp_path)
     assert int(state.step) == 6
-    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    lines = metrics_of(tmp_path)
     assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6, 6]
     assert "train/loss" in lines[0]
     assert "evaluation/loss" in lines[-1]
@@ -76,35 +90,21 @@ def test_training_writes_checkpoints_metrics_samples_and_a_model(tmp_path):
 def test_a_stopped_run_continues_bit_for_bit(tmp_path, monkeypatch, number):
     recipe = tiny.recipe(learning_rate_decay="cosine", warmup_steps=2, log_every=2)
     whole = trainer.train_and_evaluate(recipe, tmp_path / "whole")
-    batches = data.batches
-
-    class Interrupting:
-        def __init__(self, *args):
-            self._batches = batches(*args)
-
-        def __getitem__(self, step):
-            if step == 3:
-                os.kill(os.getpid(), number)
-            return self._batches[step]
-
-    monkeypatch.setattr(data, "batches", Interrupting)
-    stopped = trainer.train_and_evaluate(recipe, tmp_path / "stopped")
+    with monkeypatch.context() as patch:
+        record_streams(patch, at=3, do=lambda: os.kill(os.getpid(), number))
+        stopped = trainer.train_and_evaluate(recipe, tmp_path / "stopped")
     assert 3 <= int(stopped.step) < 6
     assert not (tmp_path / "stopped" / "model").exists()
-    asked = record_batches(monkeypatch, batches)
+    asked = record_streams(monkeypatch)
     continued = trainer.train_and_evaluate(recipe, tmp_path / "stopped")
     assert asked == list(range(int(stopped.step), 6))  # it did not begin anew
     assert same_bits(continued, whole)
-    first, second = (
-        [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
-        for name in ("whole", "stopped")
-    )
-    assert first == second
+    assert metrics_of(tmp_path / "whole") == metrics_of(tmp_path / "stopped")
 
 
 def test_a_finished_run_is_not_trained_again(tmp_path, monkeypatch):
     first = trainer.train_and_evaluate(tiny.recipe(), tmp_path)
-    asked = record_batches(monkeypatch, data.batches)
+    asked = record_streams(monkeypatch)
     again = trainer.train_and_evaluate(tiny.recipe(), tmp_path)
     assert asked == []
     assert same_bits(first, again)
@@ -115,7 +115,7 @@ def test_a_changed_config_is_refused_with_the_difference_unless_allowed(tmp_path
     changed = tiny.recipe(steps=7, learning_rate=2e-3, log_every=5)
     with pytest.raises(InputError, match=r"learning_rate: 0\.001 -> 0\.002; steps: 6 -> 7\)"):
         trainer.train_and_evaluate(changed, tmp_path)
-    asked = record_batches(monkeypatch, data.batches)
+    asked = record_streams(monkeypatch)
     allowed = tiny.recipe(steps=7, learning_rate=2e-3, allow_config_change=True)
     assert int(trainer.train_and_evaluate(allowed, tmp_path).step) == 7
     assert asked == [6]
@@ -128,8 +128,8 @@ def test_a_changed_config_is_refused_with_the_difference_unless_allowed(tmp_path
 
 def test_four_devices_train_as_one(tmp_path):
     recipe = tiny.recipe()
-    one, one_losses = one_step(recipe, jax.devices()[:1])
-    four, four_losses = one_step(recipe, jax.devices()[:4])
+    one, one_losses = some_steps(recipe, jax.devices()[:1])
+    four, four_losses = some_steps(recipe, jax.devices()[:4])
     # Sums over the batch in another order; Adam's first steps amplify rounding near zero gradients.
     np.testing.assert_allclose(one_losses, four_losses, rtol=1e-5)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), one.params, four.params)
@@ -152,8 +152,7 @@ def test_a_refiner_learns_more_than_keeping_the_velocity(tmp_path):
         schedule="H1R1",
     )
     state = trainer.train_and_evaluate(recipe, tmp_path / "run")
-    lines = [json.loads(x) for x in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
-    last = lines[-1]
+    last = metrics_of(tmp_path / "run")[-1]
     assert last["evaluation/loss"] < 0.8 * last["evaluation/keep_velocity"]
     model = model_directory.load(tmp_path / "run" / "model")
     assert same_bits(model.refiner_params, state.ema_params)
@@ -163,20 +162,38 @@ def test_a_refiner_learns_more_than_keeping_the_velocity(tmp_path):
 
 def test_the_stored_position_table_never_moves(tmp_path):
     recipe = tiny.recipe(weight_decay=0.5, learning_rate=0.1)
-    state, _ = one_step(recipe, jax.devices()[:1], steps=3)
+    state, _ = some_steps(recipe, jax.devices()[:1], steps=3)
     fresh = tasks.make_task(TrainConfig.create(recipe), data.open_source("digits"))
     expected = fresh.network.initialise(jax.random.key(1))["position_table"]
     np.testing.assert_array_equal(state.params["position_table"], expected)
     np.testing.assert_array_equal(state.ema_params["position_table"], expected)
 
 
-def test_a_diverging_run_stops_before_it_saves_ruined_parameters(tmp_path):
+def test_a_diverging_run_names_step_and_batch_and_saves_no_ruined_parameters(tmp_path):
     recipe = tiny.recipe(learning_rate=1e30, steps=20, checkpoint_every=1)
-    message = r"training diverged: parameter_norm is inf at step 1 \(checkpoints: none was saved\)"
+    message = r"diverged: .*parameter_norm is inf at step 1, .* examples \d+(, \d+){7} of digits"
     with pytest.raises(InputError, match=message):
         trainer.train_and_evaluate(recipe, tmp_path)
     assert not (tmp_path / "model").exists()
-    assert not list((tmp_path / "checkpoints").iterdir())
+    assert not (tmp_path / "checkpoints").exists()
+    found = json.loads((tmp_path / "diverged.json").read_text())
+    assert found["indices"] == data.order(data.open_source("digits"), 8, 0, 0).tolist()
+
+
+def test_a_diverging_run_keeps_the_last_good_checkpoint(tmp_path, monkeypatch):
+    def poisoned(source, batch_size, seed, flip, part, first_step, threads):
+        batches = data.batches(source, batch_size, seed, flip, part)
+        for step in range(first_step, 100):
+            batch = batches[step]
+            yield {**batch, "data": batch["data"] * (np.nan if step == 6 else 1)}
+
+    monkeypatch.setattr(data, "stream", poisoned)
+    recipe = tiny.recipe(steps=20, checkpoint_every=2, log_every=20, evaluate_every=20)
+    message = "loss is nan.* at step 7, .*; the checkpoint of step 6 is kept"
+    with pytest.raises(InputError, match=message):
+        trainer.train_and_evaluate(recipe, tmp_path)
+    monkeypatch.undo()
+    assert int(trainer.train_and_evaluate(recipe, tmp_path).step) == 20
 
 
 def test_a_run_is_not_continued_under_another_teacher(tmp_path):

@@ -1,0 +1,47 @@
+"""A run's folder: one run at a time, and a place that can be written to."""
+
+import fcntl
+import os
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from flowturbo_jax.interfaces import InputError
+
+LOCK = ".lock"
+
+
+@contextmanager
+def reserved(workdir: Path) -> Iterator[None]:
+    """Makes a run's folder and keeps other runs out of it, until it is left or the process ends.
+
+    Raises:
+      InputError: it cannot be written to, another run has it, or the model could not be written
+        there at the end.
+    """
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        # Never truncated before it is locked: it names who has it. The system unlocks it when the
+        # process ends, however it does.
+        file = (workdir / LOCK).open("a+")
+    except OSError as error:
+        raise InputError(
+            f"cannot write to {workdir}: {error.strerror}; change --workdir"
+        ) from error
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            file.seek(0)
+            owner = file.read().strip() or "another process"
+            raise InputError(
+                f"{workdir} is in use by {owner}; wait for it, stop it, or change --workdir"
+            ) from error
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+        file.flush()
+        model = workdir / "model"
+        if model.exists() and not (model / "model.json").is_file():
+            raise InputError(f"{model} exists and is no model directory; change --workdir")
+        yield
