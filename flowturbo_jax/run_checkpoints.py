@@ -2,7 +2,7 @@
 
     DIR/STEP/state/           the state, as Orbax writes it
     DIR/STEP/config.json      what a run must agree with to continue
-    DIR/STEP/checksums.json   size and sha256 of every other file
+    DIR/STEP/checksums.json   size and sha256 of every other file, and of this table
 
 A checkpoint is written under a name that begins with a dot and renamed when it is whole, so that a
 run that is killed while it saves leaves the one before untouched.
@@ -70,7 +70,8 @@ class Checkpoints:
             save_params(draft / STATE, dict(_named_leaves(state)))
             (draft / CONFIG).write_text(json.dumps(config, indent=1, sort_keys=True))
             checksums = {str(path.relative_to(draft)): _checksum(path) for path in _files(draft)}
-            (draft / CHECKSUMS).write_text(json.dumps(checksums, indent=1))
+            table = {"files": checksums, "sha256": _digest(checksums)}
+            (draft / CHECKSUMS).write_text(json.dumps(table, indent=1))
             _synchronise(draft)
             os.replace(draft, self._directory / str(step))
             _synchronise(self._directory)
@@ -155,12 +156,14 @@ class Checkpoints:
 def find_fault(directory: Path) -> str | None:
     """What is wrong with a checkpoint, in words; None if it is as it was written."""
     try:
-        checksums = json.loads((directory / CHECKSUMS).read_text())
-        items = {name: (int(size), str(sha256)) for name, (size, sha256) in checksums.items()}
+        table = json.loads((directory / CHECKSUMS).read_text())
+        items = table["files"]
+        if list(table) != ["files", "sha256"] or table["sha256"] != _digest(items):
+            return f"{CHECKSUMS} has changed"
     except FileNotFoundError:
-        return f"it has no {CHECKSUMS}: it was not written to its end"
-    except (OSError, ValueError, TypeError, AttributeError):
-        return f"its {CHECKSUMS} cannot be read"
+        return f"{CHECKSUMS} is missing: it was not written to its end"
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        return f"{CHECKSUMS} cannot be read: {type(error).__name__}"
     found = {str(path.relative_to(directory)) for path in _files(directory)} - {CHECKSUMS}
     for name in sorted(found | items.keys()):
         if name not in items:
@@ -168,7 +171,7 @@ def find_fault(directory: Path) -> str | None:
         if name not in found:
             return f"{name} is missing"
         try:
-            if _checksum(directory / name) != list(items[name]):
+            if _checksum(directory / name) != items[name]:
                 return f"{name} has changed"
         except OSError as error:
             return f"{name} cannot be read: {error.strerror}"
@@ -195,6 +198,11 @@ def _checksum(path: Path) -> list[Any]:
     """Size and sha256 of a file."""
     with path.open("rb") as file:
         return [path.stat().st_size, hashlib.file_digest(file, "sha256").hexdigest()]
+
+
+def _digest(checksums: dict[str, Any]) -> str:
+    """sha256 of a table of checksums."""
+    return hashlib.sha256(json.dumps(checksums, sort_keys=True).encode()).hexdigest()
 
 
 def _synchronise(directory: Path) -> None:
