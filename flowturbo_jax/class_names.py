@@ -17,8 +17,19 @@ LISTED = 5  # classes named in full where a name means several
 @functools.cache
 def imagenet_class_names() -> tuple[str, ...]:
     """The 1000 ImageNet classes by label; an entry holds all WordNet names, joined by ", "."""
-    lines = IMAGENET.read_text(encoding="utf-8").splitlines()
-    return tuple(line.split("\t")[1] for line in lines if not line.startswith("#"))
+    return tuple(_imagenet().values())
+
+
+def readable_names(names: Sequence[str]) -> tuple[str, ...]:
+    """The names as they are, or ImageNet's where they are its 1000 WordNet ids.
+
+    Args:
+      names: the name of label 0, 1, ..., such as the names of a data set's folders.
+    """
+    known = _imagenet()
+    if len(names) == len(known) and set(names) == set(known):
+        return tuple(known[name] for name in names)
+    return tuple(names)
 
 
 def label_of(name_or_number: str | int, class_names: Sequence[str]) -> int:
@@ -87,6 +98,13 @@ def read_class_names(path: str | Path, count: int) -> tuple[str, ...]:
             "give one name per line, in the order of the labels"
         )
     return tuple(name.strip() for name in names)
+
+
+@functools.cache
+def _imagenet() -> dict[str, str]:
+    """ImageNet's names by WordNet id, in the order of the labels."""
+    lines = IMAGENET.read_text(encoding="utf-8").splitlines()
+    return dict(line.split("\t") for line in lines if not line.startswith("#"))
 
 
 @functools.lru_cache(maxsize=4096)

@@ -1,0 +1,210 @@
+"""Images in folders, one folder per class."""
+
+import contextlib
+import hashlib
+import os
+from collections.abc import Iterator, Mapping
+
+import numpy as np
+
+from flowturbo_jax.class_names import readable_names
+from flowturbo_jax.data import pixels
+from flowturbo_jax.data.source import DataSource, Example, UnreadableError
+from flowturbo_jax.interfaces import InputError
+from flowturbo_jax.weights.regular_file import open_unnamed
+
+# Names are bytes in here, as the disk has them: a third of the memory of Python's strings, and
+# those that are no text are no special case.
+SUFFIXES = (b".png", b".jpg", b".jpeg", b".webp", b".bmp")
+LISTED = b", ".join(SUFFIXES).decode()
+MISSING = -1  # as the size of a file that a link names but that does not exist
+
+
+def open_folder(argument: str, image_size: int) -> DataSource:
+    """Opens a folder of images, in which every sub-folder is a class.
+
+    Label 0 is the first sub-folder by name. Folders within a class belong to it, links are
+    followed. Names that begin with a dot, and files without the suffix of an image, are passed
+    over.
+
+    Args:
+      argument: the folder; what follows "folder:" in a name.
+      image_size: side of the square that is cropped from the middle, by `pixels.centre_crop`.
+
+    Returns:
+      Images `[image_size, image_size, 3]`. The classes are called as their folders are, or by
+      ImageNet's names if these are its 1000 WordNet ids. The fingerprint is a sha256 over the
+      names of the folders and files below this one, the files' sizes in bytes, and the crop, not
+      over what the files hold.
+
+    Raises:
+      InputError: no image_size, no such folder, images beside the sub-folders, a class without
+        images, or a folder that cannot be listed.
+    """
+    name = f"folder:{argument}"
+    if image_size < 1:
+        raise InputError(f"{name} may hold images of any size: give image_size, such as 256.")
+    root = os.fsencode(os.path.expanduser(argument))
+    folders = _classes(root)
+    digest = hashlib.sha256(f"folder, centre crop {image_size}\0".encode())
+    files = {}
+    for folder in folders:
+        found = sorted(_images(root, folder))
+        files[folder] = b"".join(file + b"\0" for file, _ in found)
+        digest.update(folder + b"\0%d\0" % len(found))
+        digest.update(b"".join(b"%s\0%d\0" % pair for pair in found))
+    _refuse_empty(root, files)
+    class_names = readable_names([folder.decode() for folder in folders])
+    examples = FolderExamples(root, files, image_size)
+    shape = (image_size, image_size, 3)
+    return DataSource(name, examples, shape, class_names, digest.hexdigest())
+
+
+class FolderExamples:
+    """Image files by index; 1.3 million of ImageNet's take 50 MB.
+
+    Args:
+      root: the folder.
+      files: for each sub-folder the files in it, by names relative to it, each ending in a zero
+        byte.
+      image_size: side of the square that is cropped from each image.
+    """
+
+    def __init__(self, root: bytes, files: Mapping[bytes, bytes], image_size: int) -> None:
+        self._root, self._folders, self._image_size = root, list(files), image_size
+        self._names = b"".join(files.values())
+        self._ends = np.flatnonzero(np.frombuffer(self._names, np.uint8) == 0)
+        # How many examples there are up to and including a class.
+        self._totals = np.cumsum([names.count(0) for names in files.values()])
+
+    def __len__(self) -> int:
+        return len(self._ends)
+
+    def __getitem__(self, index: int) -> Example:
+        label, path = self._find(index)
+        data = pixels.decode(_read(path), self._image_size)
+        return {"data": data, "label": np.asarray(label, np.int32)}
+
+    def name(self, index: int) -> str:
+        return _shown(self._find(index)[1])
+
+    def _find(self, index: int) -> tuple[int, bytes]:
+        """The label and the path of an example."""
+        if not 0 <= index < len(self):
+            raise IndexError(f"example {index} of {len(self)}")
+        label = int(np.searchsorted(self._totals, index, side="right"))
+        start = self._ends[index - 1] + 1 if index else 0
+        file = self._names[start : self._ends[index]]
+        return label, os.path.join(self._root, self._folders[label], file)
+
+
+def _classes(root: bytes) -> list[bytes]:
+    """The sub-folders by name."""
+    if not root:
+        raise InputError("'folder:' needs the name of a folder, such as folder:images/train.")
+    folders = []
+    for entry in _scan(root):
+        if _is_folder(entry):
+            folders.append(entry.name)
+        elif _is_image(entry.name):
+            raise InputError(
+                f"{_shown(root)} holds images itself, such as {_shown(entry.name)}; "
+                "move them into sub-folders, one for each class"
+            )
+    if not folders:
+        raise InputError(f"{_shown(root)} has no sub-folders; it needs one for each class")
+    for folder in folders:
+        try:
+            folder.decode()
+        except UnicodeDecodeError as error:
+            shown = _shown(os.path.join(root, folder))
+            raise InputError(f"the name of {shown} is not UTF-8 text; rename it") from error
+    return sorted(folders)
+
+
+def _refuse_empty(root: bytes, files: Mapping[bytes, bytes]) -> None:
+    empty = [folder for folder, names in files.items() if not names]
+    if len(empty) == len(files):
+        raise InputError(f"no sub-folder of {_shown(root)} holds images ({LISTED})")
+    if empty:
+        shown = _shown(os.path.join(root, empty[0]))
+        raise InputError(f"{shown} holds no images ({LISTED}); add some, or remove the folder")
+
+
+def _images(root: bytes, folder: bytes) -> Iterator[tuple[bytes, int]]:
+    """The name, relative to a sub-folder, and the size of every image file below it."""
+    pending = [(os.path.join(root, folder), b"", frozenset({_identity(root)}))]
+    while pending:
+        path, prefix, above = pending.pop()
+        identity = _identity(path)
+        if identity in above:  # a link to a folder that it lies in
+            continue
+        for entry in _scan(path):
+            if _is_folder(entry):
+                pending.append((entry.path, prefix + entry.name + b"/", above | {identity}))
+            elif _is_image(entry.name):
+                yield prefix + entry.name, _size(entry)
+
+
+def _identity(folder: bytes) -> tuple[int, int]:
+    """What tells a folder from every other, whatever links lead to it."""
+    with _refused(folder):
+        found = os.stat(folder)
+    return found.st_dev, found.st_ino
+
+
+def _scan(folder: bytes) -> Iterator["os.DirEntry[bytes]"]:
+    """What a folder holds, but for hidden names."""
+    with _refused(folder), os.scandir(folder) as entries:
+        yield from (entry for entry in entries if not entry.name.startswith(b"."))
+
+
+@contextlib.contextmanager
+def _refused(folder: bytes) -> Iterator[None]:
+    """Says what is wrong with a folder that cannot be listed."""
+    try:
+        yield
+    except FileNotFoundError as error:
+        raise InputError(f"there is no folder {_shown(folder)}; check the name") from error
+    except NotADirectoryError as error:
+        raise InputError(
+            f"{_shown(folder)} is a file; give the folder that has a sub-folder for each class"
+        ) from error
+    except OSError as error:
+        raise InputError(
+            f"cannot list {_shown(folder)}: {error.strerror}; check who may read it"
+        ) from error
+    except ValueError as error:  # a zero byte
+        raise InputError(f"no folder can be called {_shown(folder)}") from error
+
+
+def _is_folder(entry: "os.DirEntry[bytes]") -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link that cannot be followed
+        return False
+
+
+def _is_image(name: bytes) -> bool:
+    return name.lower().endswith(SUFFIXES)
+
+
+def _size(entry: "os.DirEntry[bytes]") -> int:
+    try:
+        return entry.stat().st_size
+    except OSError:  # a link to nothing; reading will say so
+        return MISSING
+
+
+def _read(path: bytes) -> bytes:
+    try:
+        with open_unnamed(os.fsdecode(path)) as file:
+            return file.read()
+    except (InputError, OSError) as error:
+        raise UnreadableError(str(error)) from error
+
+
+def _shown(path: bytes) -> str:
+    """The path as text that can be printed on one line."""
+    text = os.fsdecode(path)
+    return text if text.isprintable() else ascii(text)
