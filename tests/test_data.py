@@ -74,9 +74,9 @@ def test_fingerprint_follows_the_content(digits):
     assert digits.fingerprint not in [fingerprint(change) for change in others]
 
 
-@pytest.mark.parametrize("name", ["cifar", "", "Digits", "tfds:cifar10"])
+@pytest.mark.parametrize("name", ["cifar", "", "Digits", "folders:digits"])
 def test_unknown_name_lists_the_known_ones(name):
-    with pytest.raises(InputError, match="known: digits"):
+    with pytest.raises(InputError, match="known: digits, folder, .*tfds"):
         data.open_source(name)
 
 

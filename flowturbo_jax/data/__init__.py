@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 from flowturbo_jax.data.batches import READABLE, Batch, Unreadable, batches, order, stream
 from flowturbo_jax.data.digits import open_digits
+from flowturbo_jax.data.folder import open_folder
 from flowturbo_jax.data.source import (
     ArrayExamples,
     DataSource,
@@ -14,6 +15,7 @@ from flowturbo_jax.data.source import (
     arrays,
     mirror,
 )
+from flowturbo_jax.data.tfds import open_tfds
 from flowturbo_jax.interfaces import InputError
 
 __all__ = [
@@ -36,7 +38,11 @@ __all__ = [
 ]
 
 # Which function opens a name: "KIND" or "KIND:ARGUMENT" calls OPENERS[KIND](ARGUMENT, image_size).
-OPENERS: dict[str, Callable[[str, int], DataSource]] = {"digits": open_digits}
+OPENERS: dict[str, Callable[[str, int], DataSource]] = {
+    "digits": open_digits,
+    "folder": open_folder,
+    "tfds": open_tfds,
+}
 
 
 def open_source(name: str, image_size: int = 0) -> DataSource:
