@@ -264,3 +264,32 @@ def _check_splits(batch_size: int, devices: int, micro_batches: int = 1) -> None
 def _split(array: Any, count: int) -> Any:
     _check_splits(array.shape[0], count)
     return array.reshape(count, -1, *array.shape[1:])
+
+
+def map_batch(
+    function: Callable[[Any, Any], Any], devices: list[jax.Device] | None = None
+) -> Callable[[Any, Any], Any]:
+    """Compiles `function(params, batch) -> result` for all devices of this process.
+
+    Args:
+      function: pure function of parameters and of a device's share of the batch; the first axis of
+        what it returns is the batch's.
+      devices: what to run on; all local devices by default.
+
+    Returns:
+      `(params, batch) -> result`, where batch and result are whole, `[B, ...]`. Parameters that
+      `replicate` has put on the same devices are not moved again.
+
+    Raises:
+      InputError: (by the returned function) B is not divisible by the number of devices.
+    """
+    devices = devices or jax.local_devices()
+    if len(devices) == 1:
+        return jax.jit(function)
+    mapped = jax.pmap(function, in_axes=(None, 0), devices=devices)
+
+    def run(params: Any, batch: Any) -> Any:
+        result = mapped(params, jax.tree.map(lambda a: _split(a, len(devices)), batch))
+        return jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), result)
+
+    return run
