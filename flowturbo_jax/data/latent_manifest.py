@@ -1,0 +1,269 @@
+"""What manifest.json says of cached latents: what was encoded, how, and each shard's checksum."""
+
+import dataclasses
+import hashlib
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from flowturbo_jax.interfaces import InputError
+from flowturbo_jax.model_directory import DTYPES
+from flowturbo_jax.models import VAEConfig
+
+FORMAT = 1
+MAX_SHARDS = 10_000  # with more, the manifest would be too large a JSON file to be read
+MOMENTS_DTYPES = {"float16": np.dtype("<f2"), "float32": np.dtype("<f4")}
+LABEL = np.dtype("<i4")
+SHA256 = re.compile(r"[0-9a-f]{64}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Shard:
+    """One finished file of moments.
+
+    Attributes:
+      file: its name.
+      count: how many images it holds.
+      bytes: its size.
+      sha256: of its content, in hexadecimal.
+      unreadable: names of the images left out of it.
+    """
+
+    file: str
+    count: int
+    bytes: int
+    sha256: str
+    unreadable: tuple[str, ...] = ()
+
+    def __post_init__(self):
+        _check_texts(self, ("file",))
+        _check_digest(self, "sha256")
+        _check_names(self, "unreadable")
+        _check_counts(self, ("count", "bytes"), least=0)
+
+
+@dataclasses.dataclass(frozen=True)
+class Manifest:
+    """The contents of manifest.json; without shards, a plan of what is to be encoded.
+
+    Shard `i` is made of the source's images from `i * shard_size` on, so what a file holds does not
+    depend on when it was written.
+
+    Attributes:
+      source: name of the data set, such as "folder:imagenet/train".
+      source_fingerprint: its fingerprint.
+      class_names: name of each label.
+      images: how many images the source has, unreadable ones included.
+      image_size: side of the square images, in pixels.
+      crop: how images were cropped to that size: "adm", or "none" where the source has that size.
+      vae: config of the autoencoder.
+      vae_fingerprint: of its parameters, `model_directory.fingerprint`.
+      vae_dtype: of its matrix products, "float32" or "bfloat16".
+      moments_dtype: as stored, "float16" or "float32".
+      shard_size: images of the source in each shard; the last one has the rest.
+      batch_size: how many are encoded at once, which may change the last bits.
+      shards: those that are finished, in order; all of them in manifest.json.
+      directory: where the cache is; not stored.
+    """
+
+    source: str
+    source_fingerprint: str
+    class_names: tuple[str, ...]
+    images: int
+    image_size: int
+    crop: str
+    vae: VAEConfig
+    vae_fingerprint: str
+    vae_dtype: str
+    moments_dtype: str
+    shard_size: int
+    batch_size: int
+    shards: tuple[Shard, ...] = ()
+    directory: Path = dataclasses.field(default=Path(), compare=False)
+
+    def __post_init__(self):
+        _check_texts(self, ("source", "source_fingerprint", "crop"))
+        _check_digest(self, "vae_fingerprint")
+        _check_names(self, "class_names")
+        _check_counts(self, ("images", "image_size", "shard_size", "batch_size"), least=1)
+        for name, known in (("vae_dtype", DTYPES), ("moments_dtype", MOMENTS_DTYPES)):
+            if getattr(self, name) not in tuple(known):  # which may be of any type
+                raise InputError(f"{name} is {getattr(self, name)!r}, not {' or '.join(known)}")
+        if self.image_size % self.vae.downsampling:
+            raise InputError(
+                f"image_size {self.image_size} is not divisible by {self.vae.downsampling}, the "
+                "pixels per latent of this VAE"
+            )
+        if self.shard_count > MAX_SHARDS:
+            raise InputError(
+                f"{self.images} images make {self.shard_count} shards of {self.shard_size}, over "
+                f"{MAX_SHARDS}; take a larger shard_size"
+            )
+        self._check_shards()
+
+    def _check_shards(self) -> None:
+        if not isinstance(self.shards, tuple) or not all(type(s) is Shard for s in self.shards):
+            raise InputError("shards must be a list of objects")
+        numbers = {self.shard_file(number): number for number in range(self.shard_count)}
+        last = -1
+        for shard in self.shards:
+            number = numbers.get(shard.file, -1)
+            if number <= last:
+                raise InputError(f"{shard.file!r:.99} is no shard of these, or not in its place")
+            if shard.count + len(shard.unreadable) != len(self.shard_images(number)):
+                raise InputError(f"{shard.file} has {shard.count} images, and the rest is missing")
+            last = number
+
+    @property
+    def shard_count(self) -> int:
+        """How many shards the whole cache has."""
+        return -(-self.images // self.shard_size)
+
+    @property
+    def count(self) -> int:
+        """How many images the finished shards hold."""
+        return sum(shard.count for shard in self.shards)
+
+    @property
+    def unreadable(self) -> tuple[str, ...]:
+        """Names of the images that were left out."""
+        return tuple(name for shard in self.shards for name in shard.unreadable)
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int]:
+        """`(h, w, c)` of one image's latents."""
+        side = self.image_size // self.vae.downsampling
+        return (side, side, self.vae.latent_channels)
+
+    @property
+    def moments_shape(self) -> tuple[int, int, int, int]:
+        """`(2, h, w, 2c)`: of the image and of its mirror image; mean and logvar."""
+        height, width, channels = self.latent_shape
+        return (2, height, width, 2 * channels)
+
+    @property
+    def record_bytes(self) -> int:
+        """Size of one image's record."""
+        itemsize = MOMENTS_DTYPES[self.moments_dtype].itemsize
+        return LABEL.itemsize + itemsize * int(np.prod(self.moments_shape))
+
+    @property
+    def fingerprint(self) -> str:
+        """sha256 over the shards' checksums and counts and the VAE's fingerprint."""
+        lines = [f"{shard.sha256} {shard.count}" for shard in self.shards]
+        return hashlib.sha256("\n".join([*lines, self.vae_fingerprint]).encode()).hexdigest()
+
+    def shard_file(self, number: int) -> str:
+        """Name of a shard's file."""
+        return f"latents-{number:05d}-of-{self.shard_count:05d}.array_record"
+
+    def shard_images(self, number: int) -> range:
+        """Indices in the source of the images that a shard is made of."""
+        first = number * self.shard_size
+        return range(first, min(first + self.shard_size, self.images))
+
+    def to_json(self) -> str:
+        """The text of manifest.json; its "sha256" is of all that stands before it."""
+        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        del fields["directory"]
+        fields |= {
+            "vae": dataclasses.asdict(self.vae),
+            "shards": [dataclasses.asdict(shard) for shard in self.shards],
+        }
+        text = json.dumps({"format": FORMAT, **fields, **self._derived()}, indent=1)
+        digest = hashlib.sha256(text.encode()).hexdigest()
+        return text.removesuffix("\n}") + f',\n "sha256": "{digest}"\n}}\n'
+
+    def _derived(self) -> dict[str, Any]:
+        """What manifest.json says for whoever reads it, and follows from the rest."""
+        return {"latent_shape": self.latent_shape, "count": self.count}
+
+    @classmethod
+    def from_json(cls, fields: Mapping[str, Any], directory: Path) -> "Manifest":
+        """Reads the object in manifest.json; derived values and sha256 are left to be compared.
+
+        Raises:
+          InputError: it is of another format, or a key is missing, unknown or wrong.
+        """
+        if type(fields.get("format")) is not int or fields["format"] != FORMAT:
+            raise InputError(f"it is not of format {FORMAT}, which this version reads")
+        own = {field.name for field in dataclasses.fields(cls)} - {"directory"}
+        _check_keys(fields, {"format", "sha256", "latent_shape", "count", *own})
+        values = {name: _plain(fields[name]) for name in own}
+        values["vae"] = _nested(VAEConfig, fields["vae"], "vae")
+        if isinstance(values["shards"], tuple):
+            values["shards"] = tuple(_nested(Shard, s, "a shard") for s in values["shards"])
+        return cls(**values, directory=directory)
+
+
+def pack(manifest: Manifest, label: int, moments: np.ndarray) -> bytes:
+    """One image's record: its label, then moments `[2, h, w, 2c]`, both little-endian."""
+    stored = np.asarray(moments, MOMENTS_DTYPES[manifest.moments_dtype])
+    return np.asarray(label, LABEL).tobytes() + stored.tobytes()
+
+
+def unpack(manifest: Manifest, record: bytes) -> tuple[np.ndarray, np.ndarray]:
+    """The label `[]` int32 and moments `[2, h, w, 2c]`, read-only, of a record.
+
+    Raises:
+      ValueError: the record has another size, or its label is of no class.
+    """
+    if len(record) != manifest.record_bytes:
+        raise ValueError(f"the record has {len(record)} bytes, not {manifest.record_bytes}")
+    label = np.frombuffer(record, LABEL, 1).astype(np.int32).reshape(())
+    if not 0 <= label < len(manifest.class_names):
+        raise ValueError(f"the label is {label}, of {len(manifest.class_names)} classes")
+    stored = MOMENTS_DTYPES[manifest.moments_dtype]
+    moments = np.frombuffer(record, stored, offset=LABEL.itemsize)
+    return label, moments.reshape(manifest.moments_shape)
+
+
+def _plain(value: Any) -> Any:
+    """A value of JSON as our dataclasses hold it."""
+    return tuple(value) if isinstance(value, list) else value
+
+
+def _nested(kind: Any, value: Any, name: str) -> Any:
+    if not isinstance(value, dict):
+        raise InputError(f"{name} must be an object")
+    try:
+        _check_keys(value, {field.name for field in dataclasses.fields(kind)})
+        return kind(**{key: _plain(item) for key, item in value.items()})
+    except (InputError, TypeError) as error:
+        raise InputError(f"{name}: {error}") from error
+
+
+def _check_keys(fields: Mapping[str, Any], known: set[str]) -> None:
+    missing, unknown = sorted(known - fields.keys()), sorted(fields.keys() - known)
+    if missing or unknown:
+        raise InputError(f"it has the wrong keys: missing {missing}, unknown {unknown!r:.200}")
+
+
+def _check_texts(owner: Any, names: tuple[str, ...]) -> None:
+    for name in names:
+        value = getattr(owner, name)
+        if not isinstance(value, str) or not value:
+            raise InputError(f"{name} is {value!r:.99}; it must be a text")
+
+
+def _check_digest(owner: Any, name: str) -> None:
+    value = getattr(owner, name)
+    if not isinstance(value, str) or not SHA256.fullmatch(value):
+        raise InputError(f"{name} is {value!r:.99}; it must have 64 hexadecimal digits")
+
+
+def _check_names(owner: Any, name: str) -> None:
+    value = getattr(owner, name)
+    if not isinstance(value, tuple) or not all(isinstance(item, str) for item in value):
+        raise InputError(f"{name} must be a list of names")
+
+
+def _check_counts(owner: Any, names: tuple[str, ...], least: int) -> None:
+    for name in names:
+        value = getattr(owner, name)
+        if type(value) is not int or value < least:
+            raise InputError(f"{name} is {value!r:.99}; it must be a whole number from {least} on")
