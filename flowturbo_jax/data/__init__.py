@@ -5,6 +5,7 @@ from collections.abc import Callable
 from flowturbo_jax.data.batches import READABLE, Batch, Unreadable, batches, order, stream
 from flowturbo_jax.data.digits import open_digits
 from flowturbo_jax.data.folder import open_folder
+from flowturbo_jax.data.latents import open_latents
 from flowturbo_jax.data.source import (
     ArrayExamples,
     DataSource,
@@ -41,6 +42,7 @@ __all__ = [
 OPENERS: dict[str, Callable[[str, int], DataSource]] = {
     "digits": open_digits,
     "folder": open_folder,
+    "latents": open_latents,
     "tfds": open_tfds,
 }
 
