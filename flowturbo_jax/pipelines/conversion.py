@@ -12,7 +12,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
 from flowturbo_jax import architecture, class_names, convert, hub, model_directory
-from flowturbo_jax.interfaces import InputError
+from flowturbo_jax.interfaces import InputError, Params
 from flowturbo_jax.model_description import Description
 from flowturbo_jax.models import SiTConfig, VAEConfig
 from flowturbo_jax.pipelines.velocity_check import check_direction, check_objective
@@ -108,6 +108,27 @@ def convert_model(
         out, description, params["predictor"], params.get("refiner"), params.get("vae")
     )
     return model_directory.describe(out)
+
+
+def load_vae(reference: str, report: Callable[[str], Any] = str) -> tuple[VAEConfig, Params]:
+    """Reads a published autoencoder without writing anything.
+
+    Args:
+      reference: folder of a diffusers AutoencoderKL, or `hf://owner/name`.
+      report: told in a line what was found.
+
+    Returns:
+      Its config, and its parameters in float32.
+
+    Raises:
+      InputError: as `convert_model`.
+    """
+    network = _read_vae(Sources(predictor="", vae=reference), report)
+    try:
+        params = convert.params_from_state("vae", network.config, network.state, np.float32)
+    except InputError as error:
+        raise InputError(f"vae: {error}") from error
+    return network.config, params
 
 
 def export(
