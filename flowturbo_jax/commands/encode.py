@@ -1,0 +1,125 @@
+"""Turns a data set of images into cached latents to train on, or verifies such a cache.
+
+  encode --data=folder:imagenet/train --image-size=256 --vae=models/sit-xl-2-256 --out=DIR
+  encode --verify DIR
+
+Every image and its mirror image goes through the autoencoder once, and training draws latents from
+the stored moments. A run that was stopped goes on with the same command. --vae is a model directory
+that has one, the folder of a diffusers AutoencoderKL, or hf://owner/name.
+"""
+
+import argparse
+import contextlib
+import sys
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from tqdm import tqdm
+
+from flowturbo_jax import data
+from flowturbo_jax.commands.entry import LineParser, one_line
+from flowturbo_jax.data import latent_cache
+from flowturbo_jax.data.latent_manifest import Manifest
+from flowturbo_jax.interfaces import InputError
+from flowturbo_jax.pipelines import encoding
+
+DEFAULTS = encoding.Options()
+OPTIONS = {
+    "batch_size": "images at once, over all devices; each also mirrored",
+    "shard_size": "images in each file",
+    "dtype": "of the VAE's products: float32 or bfloat16",
+    "moments": "stored in float16 or float32",
+    "unreadable_limit": "fraction of the images that may be unreadable",
+    "threads": "how many read images ahead",
+}
+
+
+def main(argv: Sequence[str]) -> None:
+    """Reads the command line, and encodes or verifies."""
+    args = _parser().parse_args(argv[1:])
+    given = {name: value for name, value in vars(args).items() if value is not None}
+    if empty := [name for name, value in given.items() if value == ""]:
+        raise InputError(f"{_flag(empty[0])} is empty; give a value or leave it out")
+    if args.verify is not None:
+        if others := sorted(given.keys() - {"verify"}):
+            raise InputError(f"{_flag(others[0])} means nothing to --verify; leave it out")
+        print(_verify(args.verify))
+        return
+    if missing := [name for name in ("data", "vae", "out") if name not in given]:
+        raise InputError(f"{_flag(missing[0])} is missing; give --data, --vae and --out")
+    options = encoding.Options(**{name: given[name] for name in OPTIONS if name in given})
+    source = data.open_source(args.data, args.image_size or 0)
+    autoencoder = encoding.read_autoencoder(args.vae, _say)
+    with _progress() as show:
+        manifest = encoding.encode(source, autoencoder, args.out, options, _say, show)
+    print(_summary(manifest, args.out))
+
+
+def _parser() -> LineParser:
+    parser = LineParser(prog="python -m flowturbo_jax encode", description=__doc__)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("--data", help="images, such as folder:DIR")
+    parser.add_argument("--image-size", type=int, help="side of the square they are cropped to")
+    parser.add_argument("--vae", help="model directory, diffusers folder, or hf://owner/name")
+    parser.add_argument("--out", help="folder of the cache; one that is not finished is continued")
+    for name, text in OPTIONS.items():
+        default = getattr(DEFAULTS, name)
+        parser.add_argument(_flag(name), type=type(default), help=f"{text} ({default})")
+    parser.add_argument("--verify", metavar="DIR", help="compare a cache with its checksums")
+    return parser
+
+
+def _flag(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
+
+
+def _say(line: str) -> None:
+    """Prints a line above the progress bar."""
+    tqdm.write(one_line(line), file=sys.stderr)
+
+
+@contextlib.contextmanager
+def _progress() -> Iterator[Any]:
+    """What shows how many images are done; its rate is of those done since it began."""
+    bars: list[tqdm] = []
+
+    def show(done: int, total: int) -> None:
+        if not bars:
+            bars.append(tqdm(total=total, initial=done, unit="image"))
+        bars[0].update(done - bars[0].n)
+
+    try:
+        yield show
+    finally:
+        for bar in bars:
+            bar.close()
+
+
+def _summary(manifest: Manifest, out: str) -> str:
+    """What was written, and how to train on it."""
+    size = sum(shard.bytes for shard in manifest.shards)
+    left_out = f", {len(manifest.unreadable)} left out" if manifest.unreadable else ""
+    return (
+        f"wrote {one_line(out)}: {manifest.count} images and their mirror images{left_out}, in "
+        f"{len(manifest.shards)} files, {size / 1e6:,.1f} MB in all; train on them with "
+        f"--config.data=latents:{one_line(out)}"
+    )
+
+
+def _verify(directory: str) -> str:
+    manifest = latent_cache.read_manifest(directory)
+    total = sum(shard.bytes for shard in manifest.shards)
+    with tqdm(total=total, unit="B", unit_scale=True) as bar:
+        # The VAE's files, whose sizes are not listed, would go beyond the end.
+        found = latent_cache.verify(directory, lambda count: bar.update(min(count, total - bar.n)))
+    for line in found:
+        print(one_line(line))
+    if found:
+        raise InputError(
+            f"{len(found)} file(s) of {directory} are not as they were written; remove those named "
+            "above and run the same encode command again, which makes them anew"
+        )
+    return (
+        f"{one_line(directory)} is whole: {manifest.count} images in {len(manifest.shards)} files "
+        "and the VAE"
+    )
