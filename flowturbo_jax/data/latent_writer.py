@@ -321,10 +321,12 @@ def _lock(directory: Path) -> Iterator[None]:
 
     descriptor = os.open(directory / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            reason = f"another process is encoding to {directory}; let it finish"
+            raise InputError(reason) from error
         yield
-    except BlockingIOError as error:
-        raise InputError(f"another process is encoding to {directory}; let it finish") from error
     finally:
         os.close(descriptor)
 

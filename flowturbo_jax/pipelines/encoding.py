@@ -171,7 +171,7 @@ def encode(
         if missing := writer.missing:
             moments_of = _moments_of(autoencoder, options)
             ranges = [wanted.shard_images(number) for number in missing]
-            images = _read_ahead(source, ranges, options.threads)
+            images = _read_ahead(source, ranges, options)
             for number, indices in zip(missing, ranges, strict=True):
                 with writer.shard(number) as shard:
                     _fill(shard, itertools.islice(images, len(indices)), moments_of, tally)
@@ -305,13 +305,14 @@ def _fill(
         tally.add()
 
 
-def _read_ahead(source: DataSource, ranges: list[range], threads: int) -> Iterator[Image]:
-    """The source's images in its own order, read by threads before they are asked for."""
+def _read_ahead(source: DataSource, ranges: list[range], options: Options) -> Iterator[Image]:
+    """The source's images in its own order, two batches of them read before they are asked for."""
     import grain  # here, because it takes a quarter of a second
 
     images = grain.MapDataset.source(_Images(source, np.concatenate(ranges)))
-    ahead = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=4 * threads)
-    return iter(images.to_iter_dataset(ahead))
+    ahead = options.threads + 2 * options.batch_size
+    reading = grain.ReadOptions(num_threads=options.threads, prefetch_buffer_size=ahead)
+    return iter(images.to_iter_dataset(reading))
 
 
 class _Images:
