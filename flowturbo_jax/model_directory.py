@@ -122,7 +122,7 @@ def load(name: str | Path, dtype: str = "float32") -> Model:
     loaded: dict[str, Any] = {"refiner": None, "refiner_params": None}
     for network, module in modules(description, dtype).items():
         loaded[network] = module
-        loaded[f"{network}_params"] = _load_checked(directory, network, module, description)
+        loaded[f"{network}_params"] = load_network(directory, network, module, description)
     return Model(description, **loaded)
 
 
@@ -145,10 +145,20 @@ def modules(description: Description, dtype: str = "float32") -> dict[str, nn.Mo
     }
 
 
-def _load_checked(
+def load_network(
     directory: Path, network: str, module: nn.Module, description: Description
 ) -> Params:
-    """Loads one network's parameters, after checking that not a bit of their files has changed."""
+    """Loads one network's parameters, after checking that not a bit of their files has changed.
+
+    Args:
+      directory: of the model, as `resolve` gives it.
+      network: "predictor", "refiner" or "vae".
+      module: the one whose parameters they are; see `modules`.
+      description: what model.json says.
+
+    Raises:
+      InputError: they are damaged, incomplete, or do not fit.
+    """
     place = directory / network
     config = getattr(description, network)
     if place.is_dir() and _digest(place, config) != description.files_sha256.get(network):

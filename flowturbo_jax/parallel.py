@@ -240,7 +240,7 @@ def alone() -> ocp.options.MultiprocessingOptions:
     )
 
 
-def device_count() -> int:
+def total_devices() -> int:
     """How many devices there are, in all processes together."""
     return jax.device_count()
 

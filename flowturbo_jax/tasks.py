@@ -1,16 +1,17 @@
 """What a recipe trains: the network, its losses, and the model that comes of it."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from flowturbo_jax import cost, data, model_directory, objective
+from flowturbo_jax.data import latent_cache
 from flowturbo_jax.interfaces import InputError, Params
 from flowturbo_jax.model_directory import Description, Model
-from flowturbo_jax.models import family
+from flowturbo_jax.models import VAE, family
 from flowturbo_jax.train_config import TrainConfig
 
 Batch = dict[str, Any]
@@ -54,13 +55,9 @@ def make_task(config: TrainConfig, source: data.DataSource) -> Task:
 
 
 def _predictor_task(config: TrainConfig, source: data.DataSource) -> Task:
-    fields = dict(config.model)
-    kind = family(fields.pop("family", None))
-    try:
-        network_config = kind.config(**fields)
-    except TypeError as error:
-        raise InputError(f"config key model: {error}") from error
+    kind, network_config = predictor_config_of(config.model)
     _check_fits(config, network_config, source)
+    vae, vae_params = _autoencoder_of(source)
     options = {"dtype": model_directory.network_dtype(config.dtype)}
     network = kind.predictor(network_config, remat=config.remat, **options)
 
@@ -83,10 +80,12 @@ def _predictor_task(config: TrainConfig, source: data.DataSource) -> Task:
             guidance_scale=config.guidance_scale,
             guided_channels=None,
             source={"predictor": _provenance(config, source)},
+            vae=None if vae is None else vae.config,
         )
-        return Model(description, kind.predictor(network_config, **options), params, None, None)
+        predictor = kind.predictor(network_config, **options)
+        return Model(description, predictor, params, None, None, vae, vae_params)
 
-    work = (1 + BACKWARD) * _multiply_adds(kind.predictor(network_config), network_config)
+    work = (1 + BACKWARD) * forward_multiply_adds(kind.predictor(network_config), network_config)
     return Task(network, None, loss, evaluate, model, work)
 
 
@@ -94,6 +93,7 @@ def _refiner_task(config: TrainConfig, source: data.DataSource) -> Task:
     teacher = model_directory.load(config.model_dir, config.teacher_dtype)
     predictor_config = teacher.description.predictor
     _check_fits(config, predictor_config, source)
+    vae, vae_params = _checked_autoencoder(config, teacher, source)
     kind = family(teacher.description.family)
     try:
         network_config = predictor_config.refiner(**config.model)
@@ -105,6 +105,7 @@ def _refiner_task(config: TrainConfig, source: data.DataSource) -> Task:
         dataclasses.replace(
             teacher.description,
             refiner=network_config,
+            vae=None if vae is None else vae.config,
             guidance=config.guidance if predictor_config.null_label is not None else "none",
             guidance_scale=config.guidance_scale,
             source={**teacher.description.source, "refiner": _provenance(config, source)},
@@ -113,8 +114,8 @@ def _refiner_task(config: TrainConfig, source: data.DataSource) -> Task:
         teacher.predictor_params,
         kind.refiner(network_config, **options),
         None,
-        teacher.vae,
-        teacher.vae_params,
+        vae,
+        vae_params,
     )
 
     def lesson(recipe, frozen, batch, key):
@@ -145,8 +146,10 @@ def _refiner_task(config: TrainConfig, source: data.DataSource) -> Task:
     def model(params):
         return dataclasses.replace(trained, refiner_params=params)
 
-    work = 2 * _multiply_adds(kind.predictor(predictor_config), predictor_config)
-    work += (1 + BACKWARD) * _multiply_adds(kind.refiner(network_config), predictor_config, 2)
+    work = 2 * forward_multiply_adds(kind.predictor(predictor_config), predictor_config)
+    work += (1 + BACKWARD) * forward_multiply_adds(
+        kind.refiner(network_config), predictor_config, 2
+    )
     # Networks cast each kernel to their dtype before they use it: cast once, they are smaller.
     frozen = jax.tree.map(
         lambda leaf: leaf.astype(teacher.predictor.dtype), teacher.predictor_params
@@ -155,7 +158,56 @@ def _refiner_task(config: TrainConfig, source: data.DataSource) -> Task:
     return Task(network, frozen, loss, evaluate, model, work, sha256)
 
 
-def _multiply_adds(network: Any, config: Any, inputs: int = 1) -> int:
+def predictor_config_of(model: Mapping[str, Any]) -> tuple[Any, Any]:
+    """The family, and the hyper-parameters, that a recipe's `model` describes.
+
+    Raises:
+      InputError: it describes none.
+    """
+    fields = dict(model)
+    kind = family(fields.pop("family", None))
+    size = fields.pop("size", None)
+    try:
+        network_config = kind.config.named(size, **fields) if size else kind.config(**fields)
+    except TypeError as error:
+        raise InputError(f"config key model: {error}") from error
+    return kind, network_config
+
+
+def _autoencoder_of(source: data.DataSource) -> tuple[VAE | None, Params | None]:
+    """What decodes a data set's latents; nothing where data are pixels."""
+    if source.latents is None:
+        return None, None
+    params = latent_cache.load_vae(source.latents.directory, source.latents)
+    return VAE(source.latents.vae), params
+
+
+def _checked_autoencoder(
+    config: TrainConfig, teacher: Model, source: data.DataSource
+) -> tuple[VAE | None, Params | None]:
+    """The teacher's autoencoder, or that of the latents for a teacher that has none.
+
+    Raises:
+      InputError: the latents are another autoencoder's.
+    """
+    if source.latents is None:
+        return teacher.vae, teacher.vae_params
+    if teacher.vae is None:
+        return _autoencoder_of(source)
+    if model_directory.fingerprint(teacher.vae_params) != source.latents.vae_fingerprint:
+        raise InputError(
+            f"the latents in {source.latents.directory} were made with another VAE than that of "
+            f"{config.model_dir}; encode the images again with --vae={config.model_dir}"
+        )
+    if teacher.vae.config != source.latents.vae:
+        raise InputError(
+            f"the VAE of {config.model_dir} has other hyper-parameters than that of the latents in "
+            f"{source.latents.directory}; encode the images again with --vae={config.model_dir}"
+        )
+    return teacher.vae, teacher.vae_params
+
+
+def forward_multiply_adds(network: Any, config: Any, inputs: int = 1) -> int:
     """Multiply-adds of one sample's forward pass; a refiner has two inputs, x and v."""
     x = jax.ShapeDtypeStruct((1, *config.shape), jnp.float32)
     labels = jax.ShapeDtypeStruct((1,), jnp.int32) if config.num_classes else None

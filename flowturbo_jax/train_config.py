@@ -47,8 +47,9 @@ class TrainConfig(Recipe):
       unreadable_limit: fraction of the data that may be unreadable; each is named and replaced.
       data_threads: threads that read, decode and crop ahead of the training.
       model_dir: model directory of the teacher (refiner only).
-      model: the network's hyper-parameters; for a predictor its family too, for a refiner only
-        what differs from the predictor's one-block refiner.
+      model: the network's hyper-parameters; for a predictor its family too, and instead of some
+        of them a published size, such as "SiT-B/2"; for a refiner only what differs from the
+        predictor's one-block refiner.
       seed: of initial parameters, data order and every random draw.
       steps: optimiser steps.
       batch_size: samples per step, over all devices of all processes.

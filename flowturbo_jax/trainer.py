@@ -25,7 +25,7 @@ from flowturbo_jax import (
 )
 from flowturbo_jax.interfaces import InputError
 from flowturbo_jax.logbook import Logbook
-from flowturbo_jax.model_directory import Model
+from flowturbo_jax.model_directory import Description, Model
 from flowturbo_jax.pipelines.class_to_image import ClassToImage
 from flowturbo_jax.run_checkpoints import Checkpoints
 from flowturbo_jax.tasks import Task
@@ -92,6 +92,7 @@ def train_and_evaluate(config: Any, workdir: str | Path) -> TrainState:
         logbook = None
         if parallel.is_first():
             logbook = resources.enter_context(Logbook(workdir, first + 1))
+            _tell_of_samples(task.model(state.ema_params).description)
         bar = resources.enter_context(_progress_bar(config, first))
         stopped = parallel.anywhere(stop.is_set())
         for step in range(first, config.steps):
@@ -185,7 +186,7 @@ def _meter(config: TrainConfig, task: Task) -> throughput.Meter:
     half = "bfloat16" in (config.dtype, config.teacher_dtype)
     peak = throughput.peak(parallel.device_kind(), "bfloat16" if half else "float32")
     flop = 2 * task.multiply_adds * config.batch_size
-    return throughput.Meter(config.batch_size, flop, peak and peak * parallel.device_count())
+    return throughput.Meter(config.batch_size, flop, peak and peak * parallel.total_devices())
 
 
 def _progress_bar(config: TrainConfig, first: int) -> tqdm:
@@ -216,10 +217,17 @@ def _log_step(
     logbook.scalars(done, values, note=f"({throughput.duration(left)} to go)" if left else "")
 
 
+def _tell_of_samples(description: Description) -> None:
+    if description.image_shape[-1] not in (1, 3):
+        tqdm.write("the model has no VAE, so its samples are latents: no pictures are written")
+
+
 def _write_samples(
     logbook: Logbook, workdir: Path, done: int, model: Model, config: TrainConfig
 ) -> None:
     """A picture of samples: a column per class (the first ten), or of eight classes if large."""
+    if model.description.image_shape[-1] not in (1, 3):
+        return  # latents; _tell_of_samples has said so
     classes = max(model.description.predictor.num_classes, 1)
     side = model.description.image_shape[0]
     if side <= SMALL_IMAGE:

@@ -1,11 +1,13 @@
 """Every file in configs/ is a recipe that builds."""
 
+import dataclasses
 import importlib.util
 from functools import partial
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from flowturbo_jax import data, model_directory, tasks
@@ -20,6 +22,44 @@ from flowturbo_jax.train_config import TrainConfig
 CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.py"))
 
 
+XL = SiTConfig.named("SiT-XL/2", input_size=32, in_channels=4, num_classes=1000)
+# FIELD.md's counted costs: 29.71 M, 130.5 M, 33.0 M.
+MILLIONS = {"sit_xl": 29.71, "sit_b": 130.5, "sit_s": 33.0}
+
+
+def expected_parameters(recipe: str) -> float:
+    """Millions of parameters that a recipe should train, to two decimals."""
+    if not recipe.startswith("digits"):
+        return MILLIONS["_".join(recipe.split("_")[:2])]
+    shipped = model_directory.load("digits")
+    params = shipped.predictor_params if "predictor" in recipe else shipped.refiner_params
+    return round(sum(leaf.size for leaf in jax.tree.leaves(params)) / 1e6, 2)
+
+
+def imagenet_latents(argument: str, image_size: int) -> data.DataSource:
+    examples = data.ArrayExamples(np.zeros((2, *XL.shape), np.float32), np.zeros(2, np.int32))
+    names = imagenet_class_names()
+    return data.DataSource(f"latents:{argument}", examples, XL.shape, names, "none")
+
+
+def shallow_teacher(name: str, dtype: str) -> model_directory.Model:
+    """A SiT-XL/2 but for its depth, which its refiner does not depend on."""
+    description = Description(
+        family="sit",
+        predictor=dataclasses.replace(XL, depth=1),
+        refiner=None,
+        class_names=imagenet_class_names(),
+        guidance="official",
+        guidance_scale=1.5,
+        guided_channels=3,
+        source={},
+    )
+    (module,) = model_directory.modules(description, dtype).values()
+    shapes = model_directory.abstract_params(module)
+    params = jax.tree.map(lambda leaf: np.zeros(leaf.shape, np.float32), shapes)
+    return model_directory.Model(description, module, params, None, None)
+
+
 def read(path: Path):
     spec = importlib.util.spec_from_file_location(path.stem, path)
     module = importlib.util.module_from_spec(spec)
@@ -28,13 +68,25 @@ def read(path: Path):
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
-def test_config_builds(path):
+def test_config_builds(path, monkeypatch):
     config = read(path)
     if "objective" in config:
         recipe = TrainConfig.create(config)
-        task = tasks.make_task(recipe, data.open_source(recipe.data))
+        expected = expected_parameters(path.stem)
+        if recipe.data.startswith("latents:"):  # encoded from ImageNet, which is not here
+            monkeypatch.setitem(data.OPENERS, "latents", imagenet_latents)
+        if recipe.model_dir.startswith("models/"):
+            monkeypatch.setattr(model_directory, "load", shallow_teacher)
+        source = data.open_source(recipe.data)
+        task = tasks.make_task(recipe, source)
         params = model_directory.abstract_params(task.network)
-        assert sum(leaf.size for leaf in jax.tree.leaves(params)) > 0
+        millions = sum(leaf.size for leaf in jax.tree.leaves(params)) / 1e6
+        assert millions == pytest.approx(expected, abs=0.05)
+        batch = {"index": np.arange(4, dtype=np.int32), "label": np.zeros(4, np.int32)}
+        batch["data"] = np.zeros((4, *source.shape), np.float32)
+        batch = jax.tree.map(jnp.asarray, batch)
+        losses = jax.eval_shape(task.loss, params, task.frozen, batch, jax.random.key(0))
+        assert (losses.shape, losses.dtype) == ((4,), jnp.float32)
     else:
         recipe = SampleConfig.create(config)
         # What is converted from published files lies in models/, and is not here.

@@ -69,7 +69,13 @@ NEVER_IMPORTED = {
     "jax._src": "it is private to JAX and changes without notice",
 }
 NOT_IN_THE_PACKAGE = {"train", "sample", "configs", "tests"}  # absent once installed
-PARALLEL_ONLY = {"pmap", "local_device_count", "process_count", "process_index"}
+PARALLEL_ONLY = {
+    "pmap",
+    "local_device_count",
+    "device_count",
+    "process_count",
+    "process_index",
+}
 COLLECTIVES = {"psum", "pmean", "pmax", "pmin", "all_gather", "axis_index", "ppermute"}
 VAGUE_NAMES = {"util", "utils", "helper", "helpers", "misc"}
 LINE_LIMIT = 350

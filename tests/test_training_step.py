@@ -90,8 +90,8 @@ def test_the_teacher_is_evaluated_once_per_needed_point(teacher):
     config = refiner_recipe(teacher)
     task, batch = task_and_batch(config)
     predictor = tiny.description(refiner=False).predictor
-    one = tasks._multiply_adds(tiny.family("sit").predictor(predictor), predictor)
-    refiner = tasks._multiply_adds(task.network, predictor, inputs=2)
+    one = tasks.forward_multiply_adds(tiny.family("sit").predictor(predictor), predictor)
+    refiner = tasks.forward_multiply_adds(task.network, predictor, inputs=2)
     params = jax.eval_shape(task.network.initialise, jax.random.key(0))
     key = jax.random.key(0)
     loss = cost.multiply_adds(lambda p: task.loss(p, task.frozen, batch, key), params)

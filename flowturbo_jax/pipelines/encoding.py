@@ -92,7 +92,7 @@ def read_autoencoder(reference: str, report: Callable[[str], Any] = str) -> Auto
             f"{reference} has no VAE: its latents are pixels; give a model that has one"
         )
     module = model_directory.modules(description)["vae"]
-    params = model_directory._load_checked(directory, "vae", module, description)
+    params = model_directory.load_network(directory, "vae", module, description)
     return Autoencoder(description.vae, params)
 
 
