@@ -158,6 +158,8 @@ def test_fingerprint_follows_version_split_sizes_and_crop(prepared):
         ("", "TFDS's names are NAME"),
         ("tiny_shapes@val", r"no split 'val'; its splits are train \(9 examples\), test \(3 ex"),
         ("tiny_shapes@", "no split ''"),
+        ("tiny_shapes@all[:3]", r"no split 'all\[:3\]'; its splits are train \(9"),
+        ("a" * 300, "cannot look for a*"),
         ("tiny_shapes@train[", r"no split 'train\['"),
         ("tiny_shapes@train[:99]", r"no split 'train\[:99\]'; its splits are train \(9"),
         ("tiny_shapes@train[5:2]", r"nothing in 'train\[5:2\]'"),
@@ -198,6 +200,43 @@ def test_damaged_notes_are_refused(prepared, file, content):
     ) as e:
         data.open_source("tfds:tiny_shapes", 8)
     assert str(e.value).isprintable()
+
+
+@pytest.mark.parametrize("key", ["pythonClassName", "python_class_name", "type"])
+def test_code_that_the_notes_name_is_not_run(prepared, tmp_path, monkeypatch, key):
+    (tmp_path / "hostile.py").write_text("raise SystemExit('hostile code ran')")
+    monkeypatch.syspath_prepend(tmp_path)
+    edit_features(
+        prepared, lambda f: f.update(image={key: "hostile.Feature", "content": {}, "image": {}})
+    )
+    with pytest.raises(InputError, match=r"names 'hostile\.Feature', code that is not TFDS's own"):
+        data.open_source("tfds:tiny_shapes", 8)
+    assert "hostile" not in sys.modules
+    hidden = {"type": "tensorflow_datasets.x", "content": json.dumps({key: "hostile.Feature"})}
+    (prepared / "features.json").write_text(json.dumps(hidden))
+    with pytest.raises(InputError, match="code that is not TFDS's own"):
+        data.open_source("tfds:tiny_shapes", 8)
+
+
+@pytest.mark.parametrize(
+    ("file", "change"),
+    [
+        ("dataset_info.json", lambda c: c.update(version="one")),
+        ("dataset_info.json", lambda c: c.update(fileFormat="nonsense")),
+        ("dataset_info.json", lambda c: c["splits"][0].update(shardLengths=["-1"])),
+        ("dataset_info.json", lambda c: c["splits"][0].update(filepathTemplate="{NONSENSE}")),
+        (
+            "features.json",
+            lambda c: c.update(pythonClassName="tensorflow_datasets.scripts.cli.x.Y"),
+        ),
+        ("features.json", lambda c: c["featuresDict"]["features"]["image"].update(image={"x": 1})),
+    ],
+)
+def test_notes_that_make_no_sense_are_one_line(prepared, file, change):
+    edit_json(prepared / file, change)
+    with pytest.raises(InputError) as caught:
+        data.open_source("tfds:tiny_shapes", 8)
+    assert str(caught.value).isprintable()
 
 
 def test_notes_that_are_missing_are_refused(prepared):

@@ -1,8 +1,8 @@
 """Data sets that TensorFlow Datasets (TFDS) has prepared, read without TensorFlow.
 
 TFDS writes what it prepares as NAME/VERSION or NAME/CONFIG/VERSION below its data folder, which is
-TFDS_DATA_DIR or ~/tensorflow_datasets. Only that is read here: no data set's own code runs, and
-nothing is downloaded.
+TFDS_DATA_DIR or ~/tensorflow_datasets. Only that is read here: no data set's own code runs, nor any
+that its notes name outside TFDS, and nothing is downloaded.
 """
 
 import difflib
@@ -11,7 +11,8 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +22,17 @@ from flowturbo_jax.class_names import readable_names
 from flowturbo_jax.data import pixels
 from flowturbo_jax.data.source import DataSource, Example, UnreadableError
 from flowturbo_jax.interfaces import InputError
+from flowturbo_jax.weights.regular_file import open_unnamed
 
 NAME = re.compile(r"(?P<name>\w+)(/(?P<config>[\w.+-]+))?(:(?P<version>[\d*]+(\.[\d*]+){2}))?")
 VERSION = re.compile(r"\d+\.\d+\.\d+")
 FORMAT = "array_record"  # the one of TFDS's file formats that is read in any order
 LISTED = 5  # prepared variants named in full
+MAX_NOTES = 64 << 20  # bytes of features.json
+# Under which features.json names classes, which TFDS imports: now, as protobuf calls the same, and
+# before TFDS 4.5. That old "content" may be JSON within a string.
+CLASS_KEYS = ("pythonClassName", "python_class_name", "type")
+OURS = "tensorflow_datasets."
 
 
 def open_tfds(argument: str, image_size: int) -> DataSource:
@@ -54,17 +61,22 @@ def open_tfds(argument: str, image_size: int) -> DataSource:
 
     name, at, split = argument.partition("@")
     split = split if at else "train"
-    builder = _open_builder(name, _find(name))
-    info = builder.info
-    _refuse_split(name, info, split)
-    image, label = _image_and_label(name, info)
-    image_size = image_size or _common_size(name, info.features[image].shape)
-    if image_size < 1:
-        raise InputError(f"image_size must be at least 1, got {image_size}.")
-    records = builder.as_data_source(
-        split, deserialize_method=tfds.decode.DeserializeMethod.RAW_BYTES, file_format=FORMAT
-    )
-    files = info.splits[split].filepaths
+    folder = _find(name)
+    with _notes(name, folder):
+        _refuse_foreign_classes(folder / "features.json")
+        builder = _open_builder(name, folder)
+        info = builder.info
+        _refuse_split(name, info, split)
+        image, label = _image_and_label(name, info)
+        image_size = image_size or _common_size(name, info.features[image].shape)
+        if image_size < 1:
+            raise InputError(f"image_size must be at least 1, got {image_size}.")
+        records = builder.as_data_source(
+            split, deserialize_method=tfds.decode.DeserializeMethod.RAW_BYTES, file_format=FORMAT
+        )
+        files = info.splits[split].filepaths
+        label_names = info.features[label].names
+        fingerprint = _fingerprint(info, split, image_size)
     if missing := [file for file in files if not file.exists()]:
         raise InputError(
             f"{len(missing)} of {len(files)} files of {name} are missing, such as {missing[0]}; "
@@ -73,8 +85,7 @@ def open_tfds(argument: str, image_size: int) -> DataSource:
     full_name = f"tfds:{argument}"
     examples = TfdsExamples(full_name, records, info.features, image, label, image_size)
     shape = (image_size, image_size, 3)
-    class_names = readable_names(info.features[label].names)
-    fingerprint = _fingerprint(info, split, image_size)
+    class_names = readable_names(label_names)
     return DataSource(full_name, examples, shape, class_names, fingerprint)
 
 
@@ -147,7 +158,11 @@ def _find(name: str) -> Path:
             f"TFDS's names are NAME, NAME/CONFIG, or one of these and :VERSION, got {name!r}."
         )
     data_dir = Path(os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets").expanduser()
-    prepared = _prepared(data_dir / match["name"])
+    try:
+        prepared = _prepared(data_dir / match["name"])
+    except OSError as error:  # such as a name longer than a folder's may be
+        reason = error.strerror or type(error).__name__
+        raise InputError(f"cannot look for {name:.100} in {data_dir}: {reason}") from error
     fitting = [
         folder
         for config, version, folder in prepared
@@ -194,17 +209,48 @@ def _refuse_unknown(name: str, data_dir: Path) -> None:
         )
 
 
-def _open_builder(name: str, folder: Path) -> Any:
-    import tensorflow_datasets as tfds
-    from google.protobuf import json_format
-
+@contextmanager
+def _notes(name: str, folder: Path) -> Iterator[None]:
+    """Says in a line what TFDS makes of notes that are damaged."""
     try:
-        builder = tfds.builder_from_directory(folder)
-    except (OSError, ValueError, KeyError, TypeError, ImportError, json_format.Error) as error:
+        yield
+    except InputError:
+        raise
+    # Whatever it is: TFDS trusts its own files, and ends the program over some.
+    except (Exception, SystemExit) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise InputError(
-            f"cannot read TFDS's notes on {name} in {folder} ({reason}); prepare it again"
+            f"cannot read TFDS's notes on {name} in {folder} ({reason:.200}); prepare it again"
         ) from error
+
+
+def _refuse_foreign_classes(file: Path) -> None:
+    """Refuses a features.json that would make TFDS import other code than its own."""
+    with open_unnamed(file) as opened:
+        content = opened.read(MAX_NOTES + 1)
+    if len(content) > MAX_NOTES:
+        raise ValueError(f"features.json has more than {MAX_NOTES} bytes")
+    pending = [json.loads(content)]
+    while pending:
+        value = pending.pop()
+        if isinstance(value, list):
+            pending += value
+        elif isinstance(value, dict):
+            pending += value.values()
+            if isinstance(old := value.get("content"), str) and "type" in value:
+                pending.append(json.loads(old))
+            named = [value[key] for key in CLASS_KEYS if isinstance(value.get(key), str)]
+            if foreign := [one for one in named if not one.startswith(OURS)]:
+                raise InputError(
+                    f"{file} names {foreign[0]!a:.100}, code that is not TFDS's own and is not "
+                    "run; prepare the data set with the features that TFDS has"
+                )
+
+
+def _open_builder(name: str, folder: Path) -> Any:
+    import tensorflow_datasets as tfds
+
+    builder = tfds.builder_from_directory(folder)
     formats = sorted(found.value for found in builder.info.available_file_formats())
     if FORMAT not in formats:
         raise InputError(
@@ -218,7 +264,7 @@ def _open_builder(name: str, folder: Path) -> Any:
 def _refuse_split(name: str, info: Any, split: str) -> None:
     try:
         count = info.splits[split].num_examples
-    except (KeyError, ValueError, AssertionError):
+    except (KeyError, ValueError, AssertionError, NotImplementedError):
         count = None
     if count is None or count < 1:
         there = ", ".join(f"{s.name} ({s.num_examples} examples)" for s in info.splits.values())
