@@ -5,7 +5,8 @@ python train.py --config=configs/digits_predictor.py    the digits predictor, fr
 python train.py --config=FILE --workdir=DIR --config.KEY=VALUE
 
 Several GPUs of one machine are used by themselves. Several processes, on one machine or many, run
-the same command: under srun or mpirun and on a TPU pod as it is, elsewhere each with
+the same command: under srun or mpirun (a process per GPU) as it is, on a TPU pod with
+--coordinator_address=auto, elsewhere, also for a process per machine, each with
 --coordinator_address=HOST:PORT --num_processes=N --process_id=I.
 
 The folder --workdir (runs/NAME by default, NAME being the recipe's) gets checkpoints, metrics,

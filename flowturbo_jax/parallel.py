@@ -8,8 +8,7 @@ Process 0 alone writes files.
 
 import hashlib
 import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -24,6 +23,7 @@ Mean = Callable[[Any], Any]
 # Set by a launcher for each process it starts: their number, where JAX knows the launcher.
 _LAUNCHED = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE")
 _TPU_HOSTS = ("TPU_WORKER_HOSTNAMES", "TPU_PROCESS_ADDRESSES")
+_LEAVE_SECONDS = 20
 _PIECE_BYTES = 2**26  # of a tree that is handed from process to process
 
 
@@ -34,7 +34,8 @@ def join(coordinator_address: str = "", num_processes: str = "", process_id: str
     process is found by JAX itself, and a process that none of them started runs alone.
 
     Args:
-      coordinator_address: "host:port" of process 0, any free port.
+      coordinator_address: "host:port" of process 0, any free port; "auto" alone lets JAX find the
+        others wherever it can, such as on a TPU pod that sets no environment.
       num_processes: how many there are, in decimal digits.
       process_id: which one this is, from 0.
 
@@ -46,6 +47,9 @@ def join(coordinator_address: str = "", num_processes: str = "", process_id: str
         "num_processes": num_processes,
         "process_id": process_id,
     }
+    if coordinator_address == "auto" and not (num_processes or process_id):
+        _initialise()
+        return
     if not any(given.values()):
         launched = max((int(os.environ.get(name) or 1) for name in _LAUNCHED), default=1)
         if launched > 1 or any("," in os.environ.get(name, "") for name in _TPU_HOSTS):
@@ -74,10 +78,15 @@ def join(coordinator_address: str = "", num_processes: str = "", process_id: str
 
 def _initialise(**options: Any) -> None:
     try:
-        jax.distributed.initialize(**options)
+        # A process that fails waits so long for the others to leave, instead of five minutes.
+        jax.distributed.initialize(shutdown_timeout_seconds=_LEAVE_SECONDS, **options)
     except (RuntimeError, ValueError) as error:  # a timeout is a RuntimeError
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise InputError(f"cannot join the other processes: {reason:.300}") from error
+        raise InputError(
+            f"cannot join the other processes: {reason:.300}; give all of them "
+            "--coordinator_address, --num_processes and --process_id"
+        ) from error
+    check_same(str(jax.local_device_count()), "number of devices")
 
 
 def _flags(names: Any) -> str:
@@ -100,26 +109,27 @@ def is_first() -> bool:
     return jax.process_index() == 0
 
 
-@contextmanager
-def together(what: str) -> Iterator[None]:
-    """Ends with an InputError in every process if any process raised one inside.
-
-    It is also a point that no process passes before all have reached it.
+class together:
+    """Ends in every process if what is inside fails in any; no process passes it before all have.
 
     Args:
       what: is done inside, for the message of those in which it went well.
+
+    Raises:
+      InputError: it failed in another process. In those where it failed, its own error goes on.
     """
-    failure = None
-    try:
-        yield
-    except InputError as error:
-        failure = error
-    failed = _gather(np.asarray(failure is not None))
-    if failure is not None:
-        raise failure
-    if failed.any():
-        others = ", ".join(str(index) for index in np.flatnonzero(failed))
-        raise InputError(f"{what} failed in process {others}; its message says why")
+
+    def __init__(self, what: str):
+        self._what = what
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        failed = _gather(np.asarray(error is not None))
+        if error is None and failed.any():
+            others = ", ".join(str(index) for index in np.flatnonzero(failed))
+            raise InputError(f"{self._what} failed in process {others}; its message says why")
 
 
 def anywhere(flag: bool) -> bool:

@@ -80,7 +80,7 @@ class Checkpoints:
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise InputError(
                 f"cannot save the checkpoint of step {step} to {self._directory}: {reason:.300}; "
-                f"{self.kept()}; make room, and the same command continues from there"
+                f"{self.kept()}; once this is mended, the same command continues from there"
             ) from error
         self._latest = step
         self._prune()
@@ -126,8 +126,14 @@ class Checkpoints:
             return None
         for damaged in faults.keys() - {step}:
             aside = self._directory / f"{DAMAGED}{damaged}"
-            shutil.rmtree(aside, ignore_errors=True)
-            os.replace(self._directory / str(damaged), aside)
+            try:
+                shutil.rmtree(aside, ignore_errors=True)
+                os.replace(self._directory / str(damaged), aside)
+            except OSError as error:
+                raise InputError(
+                    f"the checkpoint of step {damaged} is damaged ({faults[damaged]}), and cannot "
+                    f"be set aside: {error.strerror}; move it away"
+                ) from error
             report(
                 f"the checkpoint of step {damaged} is damaged ({faults[damaged]}); it is now "
                 f"{aside}, and that of step {step} is used"
@@ -139,7 +145,10 @@ class Checkpoints:
         if not self._directory.is_dir():
             return []
         names = [path.name for path in self._directory.iterdir() if path.is_dir()]
-        return sorted((int(name) for name in names if name.isdecimal()), reverse=True)
+        return sorted(
+            (int(name) for name in names if name.isdecimal() and str(int(name)) == name),
+            reverse=True,
+        )
 
     def _prune(self) -> None:
         for step in self._steps()[self._keep :]:
@@ -154,7 +163,11 @@ class Checkpoints:
 
 
 def find_fault(directory: Path) -> str | None:
-    """What is wrong with a checkpoint, in words; None if it is as it was written."""
+    """What is wrong with a checkpoint, in words; None if it is as it was written.
+
+    Raises:
+      InputError: the disk cannot be read, which says nothing about the checkpoint.
+    """
     try:
         table = json.loads((directory / CHECKSUMS).read_text())
         items = table["files"]
@@ -162,7 +175,9 @@ def find_fault(directory: Path) -> str | None:
             return f"{CHECKSUMS} has changed"
     except FileNotFoundError:
         return f"{CHECKSUMS} is missing: it was not written to its end"
-    except (OSError, ValueError, TypeError, KeyError) as error:
+    except OSError as error:
+        raise InputError(_unread(directory / CHECKSUMS, error)) from error
+    except (ValueError, TypeError, KeyError) as error:
         return f"{CHECKSUMS} cannot be read: {type(error).__name__}"
     found = {str(path.relative_to(directory)) for path in _files(directory)} - {CHECKSUMS}
     for name in sorted(found | items.keys()):
@@ -174,7 +189,7 @@ def find_fault(directory: Path) -> str | None:
             if _checksum(directory / name) != items[name]:
                 return f"{name} has changed"
         except OSError as error:
-            return f"{name} cannot be read: {error.strerror}"
+            raise InputError(_unread(directory / name, error)) from error
     return None if CONFIG in items else f"{CONFIG} is missing"
 
 
@@ -188,6 +203,10 @@ def _named_leaves(tree: Any) -> list[tuple[str, Any]]:
 
 def _shape_of(leaf: Any) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
+
+
+def _unread(path: Path, error: OSError) -> str:
+    return f"cannot read {path}: {error.strerror}; nothing was changed, try again"
 
 
 def _files(directory: Path) -> list[Path]:

@@ -2,6 +2,7 @@
 
 import fcntl
 import os
+import shutil
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -32,11 +33,16 @@ def reserved(workdir: Path) -> Iterator[None]:
     with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
+        except BlockingIOError as error:
             file.seek(0)
             owner = file.read().strip() or "another process"
             raise InputError(
                 f"{workdir} is in use by {owner}; wait for it, stop it, or change --workdir"
+            ) from error
+        except OSError as error:
+            raise InputError(
+                f"cannot lock {workdir / LOCK}: {error.strerror}; take a --workdir on a disk whose "
+                "files can be locked"
             ) from error
         file.truncate(0)
         file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
@@ -44,4 +50,9 @@ def reserved(workdir: Path) -> Iterator[None]:
         model = workdir / "model"
         if model.exists() and not (model / "model.json").is_file():
             raise InputError(f"{model} exists and is no model directory; change --workdir")
+        for name in ("checkpoints", "samples"):
+            if (workdir / name).exists() and not (workdir / name).is_dir():
+                raise InputError(f"{workdir / name} is no folder; change --workdir")
+        for draft in workdir.glob(".model-*"):  # of a run that was killed while it wrote its model
+            shutil.rmtree(draft, ignore_errors=True)
         yield

@@ -169,7 +169,7 @@ def predictor_config_of(model: Mapping[str, Any]) -> tuple[Any, Any]:
     size = fields.pop("size", None)
     try:
         network_config = kind.config.named(size, **fields) if size else kind.config(**fields)
-    except TypeError as error:
+    except (TypeError, AttributeError) as error:
         raise InputError(f"config key model: {error}") from error
     return kind, network_config
 
@@ -191,7 +191,12 @@ def _checked_autoencoder(
       InputError: the latents are another autoencoder's.
     """
     if source.latents is None:
-        return teacher.vae, teacher.vae_params
+        if teacher.vae is not None:
+            raise InputError(
+                f"{config.model_dir} moves latents, and {source.name} holds images; turn them into "
+                f"latents: python -m flowturbo_jax encode --vae={config.model_dir} --help"
+            )
+        return None, None
     if teacher.vae is None:
         return _autoencoder_of(source)
     if model_directory.fingerprint(teacher.vae_params) != source.latents.vae_fingerprint:

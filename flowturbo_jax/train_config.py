@@ -169,6 +169,9 @@ class TrainConfig(Recipe):
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     """What changed between two recipes among the keys that change what is computed."""
+    # A key that an older version did not have is as it is by default.
+    defaults = {field.name: field.default for field in dataclasses.fields(TrainConfig)}
+    old, new = {**defaults, **old}, {**defaults, **new}
     changed = [
         key
         for key in sorted(old.keys() | new.keys())

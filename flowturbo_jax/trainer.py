@@ -55,11 +55,11 @@ def train_and_evaluate(config: Any, workdir: str | Path) -> TrainState:
       InputError: the recipe is wrong, or not the one the run in workdir was begun with; another run
         has the workdir; the data, the disk or the arithmetic failed.
     """
-    config = TrainConfig.create(config)
     workdir = Path(workdir)
-    parallel.check_batch_size(config.batch_size, config.accumulation_steps)
     with stopping.requests() as stop, ExitStack() as resources:
         with parallel.together("the start"):
+            config = TrainConfig.create(config)
+            parallel.check_batch_size(config.batch_size, config.accumulation_steps)
             source = data.open_source(config.data, config.image_size)
             task = tasks.make_task(config, source)
             if parallel.is_first():
@@ -85,14 +85,16 @@ def train_and_evaluate(config: Any, workdir: str | Path) -> TrainState:
             training_step.make_evaluation(task, evaluation_key), donate=False
         )
         first = int(state.step)
-        feed = Feed(config, source, first)
-        watch = Watch(config, source, feed, workdir, kept=checkpoints.kept if checkpoints else str)
-        meter = _meter(config, task)
-        chunks = list(_evaluation_chunks(config, source))
-        logbook = None
-        if parallel.is_first():
-            logbook = resources.enter_context(Logbook(workdir, first + 1))
-            _tell_of_samples(task.model(state.ema_params).description)
+        kept = checkpoints.kept if checkpoints else lambda: "process 0 says what is kept"
+        with parallel.together("the start"):
+            feed = Feed(config, source, first)
+            watch = Watch(config, source, feed, workdir, kept)
+            meter = _meter(config, task)
+            chunks = list(_evaluation_chunks(config, source))
+            logbook = None
+            if parallel.is_first():
+                logbook = resources.enter_context(Logbook(workdir, first + 1))
+                _tell_of_samples(task.model(state.ema_params).description)
         bar = resources.enter_context(_progress_bar(config, first))
         stopped = parallel.anywhere(stop.is_set())
         for step in range(first, config.steps):

@@ -4,6 +4,7 @@ Each process learns of the others' troubles from the step itself: its batch carr
 mean over all devices comes back among the step's numbers. So all of them stop at the same step.
 """
 
+import contextlib
 import json
 import math
 import threading
@@ -47,8 +48,13 @@ class Feed:
             first_step,
             config.data_threads,
         )
+        size = config.batch_size // self._part[1]
+        self._blank = {
+            "data": np.zeros((size, *source.shape), np.float32),
+            "label": np.zeros(size, np.int32),
+        }
         self._last: data.Batch | None = None
-        self.failure: InputError | None = None
+        self.failure: Exception | None = None
         self.unreadable = data.Unreadable(source, config.unreadable_limit)
 
     def next(self, stop: threading.Event) -> data.Batch:
@@ -62,10 +68,12 @@ class Feed:
             for line in self.unreadable.note(batch.pop("unreadable")):
                 tqdm.write(line)
             self._last = with_index(batch, self._part)
-        except InputError as error:
-            if self._part[1] == 1 or self._last is None:
+        except (InputError, OSError, RuntimeError, ValueError, MemoryError) as error:
+            if self._part[1] == 1:
                 raise
             self.failure = error  # the others learn of it from the step that is made all the same
+            if self._last is None:
+                self._last = with_index(self._blank, self._part)
         signals = np.zeros((len(self._last["index"]), 2), np.float32)
         signals[:, STOP], signals[:, FAILED] = stop.is_set(), self.failure is not None
         return {**self._last, "signals": signals}
@@ -139,7 +147,8 @@ class Watch:
         if parallel.is_first():
             names = [self._source.examples.name(index) for index in indices]
             found = {"step": step, "values": wrong, "indices": indices, "examples": names}
-            (self._workdir / "diverged.json").write_text(json.dumps(found, indent=1))
+            with contextlib.suppress(OSError):  # the message has most of it
+                (self._workdir / "diverged.json").write_text(json.dumps(found, indent=1))
         return (
             f"training diverged: {', '.join(f'{k} is {v}' for k, v in wrong.items())} at step "
             f"{step}, whose batch is examples {listed} of {self._source.name} (all in "

@@ -105,6 +105,22 @@ def test_images_where_latents_are_wanted_are_refused_with_the_way_out(folders, t
         trainer.train_and_evaluate(refiner_recipe(folders, **images), tmp_path / "run")
 
 
+def test_images_of_the_size_of_latents_are_no_latents(folders, tmp_path):
+    images = {"data": f"folder:{folders / 'photographs'}", "image_size": 4}
+    with pytest.raises(InputError, match=r"moves latents, and .* holds images; turn them into"):
+        trainer.train_and_evaluate(refiner_recipe(folders, **images), tmp_path / "run")
+
+
+def test_latents_scaled_otherwise_than_the_teachers_are_refused(folders, tmp_path):
+    model = model_directory.load(folders / "teacher")
+    vae = dataclasses.replace(tiny_latents.CONFIG, scaling_factor=0.7)
+    described = dataclasses.replace(model.description, vae=vae)
+    other = tmp_path / "other"
+    model_directory.save(other, described, model.predictor_params, None, model.vae_params)
+    with pytest.raises(InputError, match="has other hyper-parameters than that of the latents"):
+        trainer.train_and_evaluate(refiner_recipe(folders, model_dir=str(other)), tmp_path / "run")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["digits", "folder"])
 def test_training_hardly_waits_for_its_input(tmp_path, kind):

@@ -126,6 +126,17 @@ def test_a_failure_in_one_process_ends_all_with_a_line(tmp_path):
     assert "error: the start failed in process 1; its message says why" in errors
 
 
+@pytest.mark.slow
+def test_an_unforeseen_error_in_one_process_ends_all_soon(tmp_path):
+    recipe = train_runs.write_recipe(tmp_path, **RECIPE)
+    (tmp_path / "run" / "metrics.jsonl").mkdir(parents=True)  # process 0 alone writes there
+    begun = time.monotonic()
+    for code, _, errors in map(train_runs.finish, start_together(recipe, tmp_path / "run", 2)):
+        assert code == 2
+        assert "Traceback" not in errors
+    assert time.monotonic() - begun < 100
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
@@ -158,5 +169,8 @@ def test_a_launcher_that_started_several_processes_is_recognised(monkeypatch):
     with monkeypatch.context() as patch:
         patch.setenv("TPU_WORKER_HOSTNAMES", "a,b")
         parallel.join()
-    assert called == [{}, {}, {}]
+    parallel.join("auto")
+    assert len(called) == 4
+    # Nothing that would keep JAX from finding the rest.
+    assert all(options.keys() == {"shutdown_timeout_seconds"} for options in called)
     assert trainer.parallel.part() == (0, 1)

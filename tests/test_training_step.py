@@ -1,6 +1,7 @@
 """One optimiser step and one evaluation: what they compute, and what they do not compute twice."""
 
 import math
+import re
 
 import jax
 import jax.numpy as jnp
@@ -172,3 +173,69 @@ def test_accumulation_is_a_mean():
     for parts in (1, 2, 3, 12):
         result = training_step.accumulated(function, batch, parts)
         assert float(result["mean"]) == pytest.approx(5.5)
+
+
+def program_of(config):
+    """The text of the step's program, which holds every number that is no argument."""
+    task, batch = task_and_batch(config)
+    optimizer = training_step.optimizer_of(config)
+    params = jax.eval_shape(task.network.initialise, jax.random.key(1))
+    state = jax.eval_shape(lambda p: train_state.create(p, optimizer), params)
+    step = training_step.make_step(task, optimizer, config, jax.random.key(0))
+    frozen = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), task.frozen)
+    text = jax.make_jaxpr(lambda *args: step(*args, _same))(state, frozen, signalled(batch))
+    return re.sub(r"0x[0-9a-f]+", "", str(text))
+
+
+@pytest.fixture(scope="module")
+def plain_program(teacher):
+    return program_of(refiner_recipe(teacher))
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"learning_rate": 2e-3},
+        {"learning_rate_decay": "cosine"},
+        {"warmup_steps": 3},
+        {"weight_decay": 0.1},
+        {"gradient_clip": 0.5},
+        {"ema_decay": 0.9},
+        {"ema_half_life": 100.0},
+        {"ema_warmup": False},
+        {"label_dropout": 0.3},
+        {"label_handling": "official"},
+        {"dt_min": 0.01},
+        {"dt_max": 0.2},
+        {"dt_per_sample": False},
+        {"times_inside": False},
+        {"dtype": "bfloat16"},
+        {"remat": True},
+        {"accumulation_steps": 2},
+    ],
+    ids=lambda fields: next(iter(fields)),
+)
+def test_every_key_of_a_recipe_changes_the_step(teacher, plain_program, fields):
+    assert program_of(refiner_recipe(teacher, **fields)) != plain_program
+
+
+def test_the_same_recipe_gives_the_same_step(teacher, plain_program):
+    assert program_of(refiner_recipe(teacher)) == plain_program
+
+
+def test_the_step_is_compiled_once(teacher):
+    config = refiner_recipe(teacher)
+    task, batch = task_and_batch(config)
+    optimizer = training_step.optimizer_of(config)
+    state = train_state.create(task.network.initialise(jax.random.key(1)), optimizer)
+    step = training_step.make_step(task, optimizer, config, jax.random.key(0))
+    traced = []
+
+    def counted(*args):
+        traced.append(1)
+        return step(*args)
+
+    run = parallel.data_parallel(counted, jax.devices()[:1])
+    for _ in range(3):
+        state, _ = run(state, task.frozen, signalled(batch))
+    assert len(traced) == 1
