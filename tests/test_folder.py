@@ -1,5 +1,6 @@
 """Folders of images: a class per sub-folder, sorted names, clear refusals, damaged files named."""
 
+import errno
 import os
 import subprocess
 import sys
@@ -183,6 +184,12 @@ def test_fingerprint_follows_names_sizes_and_crop(pets, tmp_path):
         (lambda p: (p / "fox").mkdir() or p, "fox holds no images .*; add some, or remove"),
         (lambda p: (p / "fox/in").mkdir(parents=True) or p / "fox", "no sub-folder of .*fox holds"),
         (lambda p: (p / "fox").mkdir() or p / "fox", "fox has no sub-folders; it needs one for"),
+        (
+            lambda p: (
+                write_image(p / "in/train/1.png") and write_image(p / "in/val/1.png") and p / "in"
+            ),
+            "of .*/in are splits and no classes; open one of them, such as folder:.*/in/train",
+        ),
         (lambda p: "", "'folder:' needs the name of a folder"),
         (lambda p: "a\0b", r"no folder can be called 'a\\x00b'"),
     ],
@@ -231,6 +238,29 @@ def test_what_cannot_be_read_is_unreadable_and_says_why(pets):
         with pytest.raises(data.UnreadableError, match=reason) as caught:
             source.examples[index]
         assert str(caught.value).isprintable()
+
+
+@pytest.mark.parametrize("number", [errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ESTALE])
+def test_a_failing_machine_is_no_unreadable_example(pets, monkeypatch, number):
+    source = open_pets(pets)
+    opened = os.open
+
+    def fail(path, *args):
+        if str(path).endswith("2.bmp"):
+            raise OSError(number, os.strerror(number), path)
+        return opened(path, *args)
+
+    monkeypatch.setattr(os, "open", fail)
+    with pytest.raises(InputError, match=f"cannot read .*2.bmp: {os.strerror(number)}; "):
+        source.examples[1]
+    assert source.examples[0]["label"] == 0
+
+
+def test_a_huge_file_is_unreadable_without_reading_it(pets):
+    source = open_pets(pets)
+    os.truncate(pets / "cat/2.bmp", folder.MAX_FILE + 1)  # a hole, which takes no room
+    with pytest.raises(data.UnreadableError, match="more than 1000000000 bytes"):
+        source.examples[1]
 
 
 def test_a_link_to_nothing_is_an_unreadable_example(pets):

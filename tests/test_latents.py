@@ -1,5 +1,6 @@
 """latents:DIR: what is drawn from cached moments, what is refused, and what reading takes."""
 
+import errno
 import json
 import os
 import shutil
@@ -143,6 +144,24 @@ def test_a_shard_that_vanishes_while_training_is_unreadable(copy):
     with pytest.raises(data.UnreadableError, match="damaged or missing"):
         source.examples[0]
     assert source.examples[8]["label"] == 1
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("open() failed: Too many open files; opening shard"),
+        RuntimeError("pread() failed: Input/output error"),
+        OSError(errno.ENOMEM, "Cannot allocate memory"),
+    ],
+)
+def test_a_failing_machine_ends_the_run(copy, monkeypatch, error):
+    def fail(number):
+        raise error
+
+    source = data.open_source(f"latents:{copy}")
+    monkeypatch.setattr(source.examples, "_reader", fail)
+    with pytest.raises(InputError, match=r"cannot read record 0 of .*latents-00000.*; "):
+        source.examples[0]
 
 
 def test_few_files_are_open_at_once_and_any_thread_may_read(cache, monkeypatch):

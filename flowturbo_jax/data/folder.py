@@ -9,7 +9,12 @@ import numpy as np
 
 from flowturbo_jax.class_names import readable_names
 from flowturbo_jax.data import pixels
-from flowturbo_jax.data.source import DataSource, Example, UnreadableError
+from flowturbo_jax.data.source import (
+    DataSource,
+    Example,
+    UnreadableError,
+    refuse_failing_machine,
+)
 from flowturbo_jax.interfaces import InputError
 from flowturbo_jax.weights.regular_file import open_unnamed
 
@@ -17,6 +22,8 @@ from flowturbo_jax.weights.regular_file import open_unnamed
 # those that are no text are no special case.
 SUFFIXES = (b".png", b".jpg", b".jpeg", b".webp", b".bmp")
 LISTED = b", ".join(SUFFIXES).decode()
+MAX_FILE = 1_000_000_000  # bytes; larger ones are no images, whatever their names
+SPLITS = frozenset((b"train", b"val", b"valid", b"validation", b"test"))
 MISSING = -1  # as the size of a file that a link names but that does not exist
 
 
@@ -38,8 +45,8 @@ def open_folder(argument: str, image_size: int) -> DataSource:
       over what the files hold.
 
     Raises:
-      InputError: no image_size, no such folder, images beside the sub-folders, a class without
-        images, or a folder that cannot be listed.
+      InputError: no image_size, no such folder, images beside the sub-folders, sub-folders that
+        are splits, a class without images, or a folder that cannot be listed.
     """
     name = f"folder:{argument}"
     if image_size < 1:
@@ -113,6 +120,12 @@ def _classes(root: bytes) -> list[bytes]:
             )
     if not folders:
         raise InputError(f"{_shown(root)} has no sub-folders; it needs one for each class")
+    if len(folders) > 1 and SPLITS.issuperset(folders):
+        one = next((name for name in folders if name == b"train"), folders[0])
+        raise InputError(
+            f"the sub-folders of {_shown(root)} are splits and no classes; "
+            f"open one of them, such as folder:{_shown(os.path.join(root, one))}"
+        )
     for folder in folders:
         try:
             folder.decode()
@@ -199,8 +212,11 @@ def _size(entry: "os.DirEntry[bytes]") -> int:
 def _read(path: bytes) -> bytes:
     try:
         with open_unnamed(os.fsdecode(path)) as file:
+            if os.fstat(file.fileno()).st_size > MAX_FILE:
+                raise UnreadableError(f"it has more than {MAX_FILE} bytes, too many for an image")
             return file.read()
     except (InputError, OSError) as error:
+        refuse_failing_machine(_shown(path), error)
         raise UnreadableError(str(error)) from error
 
 

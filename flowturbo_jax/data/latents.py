@@ -12,7 +12,12 @@ import numpy as np
 
 from flowturbo_jax.data.latent_cache import read_manifest
 from flowturbo_jax.data.latent_manifest import Manifest, unpack
-from flowturbo_jax.data.source import DataSource, Example, UnreadableError
+from flowturbo_jax.data.source import (
+    DataSource,
+    Example,
+    UnreadableError,
+    refuse_failing_machine,
+)
 from flowturbo_jax.interfaces import InputError
 from flowturbo_jax.models import VAEConfig
 
@@ -108,6 +113,7 @@ class LatentExamples:
             record = self._reader(number).read([position])[0]
             label, moments = unpack(self._manifest, record)
         except (RuntimeError, ValueError, OSError) as error:  # array_record raises the first
+            refuse_failing_machine(self.name(index), error)
             reason = " ".join(str(error).split())
             raise UnreadableError(f"the shard is damaged or missing ({reason:.200})") from error
         return {"moments": moments, "label": label}

@@ -1,6 +1,8 @@
 """What every data set is: labelled examples by index, and the names they are opened by."""
 
+import errno
 import hashlib
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
@@ -16,8 +18,40 @@ Example = dict[str, np.ndarray]
 Draw = Callable[[Example, np.random.Generator, bool], Example]
 
 
+# What is wrong with the machine and not with an example, and what to do about it.
+FAILURES = {
+    errno.EMFILE: "raise the limit of open files, such as with: ulimit -n 8192",
+    errno.ENFILE: "let other programs end, or raise the system's limit of open files",
+    errno.ENOMEM: "take a smaller batch or fewer threads",
+    errno.EIO: "look after the disk or the network, then start again",
+    errno.ESTALE: "look after the disk or the network, then start again",
+}
+
+
 class UnreadableError(Exception):
     """One example cannot be read; the message says why. Readers count it and go on."""
+
+
+def refuse_failing_machine(name: str, error: BaseException) -> None:
+    """Tells a failing machine, which ends a run, from a damaged example, which is passed over.
+
+    Args:
+      name: what was being read.
+      error: what reading raised. Looked at are errno, here and in what caused it, and, because
+        ArrayRecord raises only RuntimeError, the words of the system in the message.
+
+    Raises:
+      InputError: not the example is at fault but the machine.
+    """
+    cause: BaseException | None = error
+    while cause is not None:
+        for number, remedy in FAILURES.items():
+            words = os.strerror(number)
+            said = isinstance(cause, RuntimeError) and words in str(cause)
+            no_memory = number == errno.ENOMEM and isinstance(cause, MemoryError)
+            if said or no_memory or getattr(cause, "errno", None) == number:
+                raise InputError(f"cannot read {name}: {words}; {remedy}") from error
+        cause = cause.__cause__
 
 
 @runtime_checkable

@@ -20,7 +20,12 @@ import numpy as np
 
 from flowturbo_jax.class_names import readable_names
 from flowturbo_jax.data import pixels
-from flowturbo_jax.data.source import DataSource, Example, UnreadableError
+from flowturbo_jax.data.source import (
+    DataSource,
+    Example,
+    UnreadableError,
+    refuse_failing_machine,
+)
 from flowturbo_jax.interfaces import InputError
 from flowturbo_jax.weights.regular_file import open_unnamed
 
@@ -141,11 +146,7 @@ class TfdsExamples:
         try:
             return self._records[index]
         except RuntimeError as error:  # all that ArrayRecord raises
-            if "Too many open files" in str(error):
-                raise InputError(
-                    f"{self._name} has more files than this process may open at once; "
-                    "raise the limit, such as with: ulimit -n 8192"
-                ) from error
+            refuse_failing_machine(self.name(index), error)
             reason = str(error).split(";")[0]
             raise UnreadableError(f"the record cannot be read ({reason})") from error
 
