@@ -4,6 +4,7 @@ import dataclasses
 import os
 import random
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -189,7 +190,8 @@ def test_too_many_unreadable_images_end_it_and_keep_what_is_finished(tmp_path):
     options = dataclasses.replace(OPTIONS, unreadable_limit=0.1)
     images = source(unreadable=(3, 8))
     message = (
-        r"2 of 15 images of random cannot be read, more than .* 0\.1 allows; the last: image 8"
+        r"2 of 15 images of random cannot be read, more than .* 0\.1 allows; the last: image 8.*; "
+        r"raise --unreadable-limit to keep the finished files, or mend .* into another --out"
     )
     with pytest.raises(InputError, match=message):
         encode(tmp_path, images, options)
@@ -210,6 +212,39 @@ def test_too_many_unreadable_images_end_it_and_keep_what_is_finished(tmp_path):
     assert shown[0] == (6, 15)
     assert sorted(images.examples.read) == list(range(6, 15))
     assert first.stat().st_mtime_ns == written
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_it_between_batches_and_the_same_command_goes_on(tmp_path, cache, number):
+    def on_images(done, total):
+        if done == 7:
+            signal.raise_signal(number)
+
+    said = []
+    options = dataclasses.replace(OPTIONS, batch_size=4, shard_size=6)
+    before = signal.getsignal(number)
+    with pytest.raises(KeyboardInterrupt):
+        encode(tmp_path, options=options, report=said.append, on_images=on_images)
+    assert signal.getsignal(number) == before
+    assert said == ["stopped: 2 of 3 shards are finished; the same command goes on"]
+    assert not list(tmp_path.glob(".draft-*"))
+    encode(tmp_path, options=options)
+    assert tiny_latents.contents(tmp_path) == tiny_latents.contents(cache)
+
+
+@pytest.mark.parametrize(
+    "error", [MemoryError(), jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory")]
+)
+def test_a_batch_that_does_not_fit_is_one_line(tmp_path, monkeypatch, error):
+    def fail(*_):
+        raise error
+
+    monkeypatch.setattr(parallel, "map_batch", lambda _: fail)
+    with pytest.raises(InputError, match=r"a batch of 4 images does not fit .* --batch-size"):
+        encode(tmp_path)
+    monkeypatch.undo()
+    # Nothing was finished, so the folder may be used with another batch.
+    encode(tmp_path, options=dataclasses.replace(OPTIONS, batch_size=8))
 
 
 def test_a_finished_cache_reads_and_compiles_nothing(cache, monkeypatch):
@@ -259,6 +294,7 @@ def test_a_label_without_a_class_is_refused(tmp_path):
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
+        ({"batch_size": 10**11}, "batch_size is 100000000000; take a smaller --batch-size"),
         ({"batch_size": 0}, "batch_size is 0; it must be at least 1"),
         ({"shard_size": -1}, "shard_size is -1"),
         ({"threads": 0}, "threads is 0"),
@@ -347,6 +383,13 @@ def test_the_command_names_what_it_cannot_read(given, photos, tmp_path, capsys):
         assert latent_cache.read_manifest(out).unreadable == (str(torn),)
     finally:
         torn.unlink()
+
+
+def test_a_cache_inside_the_images_folder_is_refused(given, photos, capsys):
+    for out in (photos, photos / "cat" / "cache"):
+        assert run("encode", *given, f"--out={out}") == 2
+        assert "the images' own folder; give another --out" in capsys.readouterr().err
+    assert sorted(path.name for path in photos.iterdir()) == ["cat", "dog"]
 
 
 def test_a_second_command_in_the_same_folder_is_refused(given, tmp_path, capsys):

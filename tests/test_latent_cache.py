@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 import tiny_latents
@@ -322,6 +323,22 @@ def test_a_changed_request_is_refused_with_the_difference(copy, tmp_path, state,
     with pytest.raises(InputError, match=f"was begun by another command: .*{message}"):
         begin(tiny_latents.plan(copy, **fields))
     assert tiny_latents.contents(copy) == before
+
+
+def test_what_has_no_finished_shard_may_be_begun_by_another_plan(tmp_path):
+    assert begin(tiny_latents.plan(tmp_path)) == [0, 1, 2]
+    assert begin(tiny_latents.plan(tmp_path, batch_size=4, vae_fingerprint=SHA256)) == [0, 1, 2]
+    begun = latent_cache.read_manifest(tmp_path, "unfinished.json")
+    assert (begun.batch_size, begun.vae_fingerprint) == (4, SHA256)
+
+
+def test_another_plan_writes_its_own_vae(tmp_path):
+    begin(tiny_latents.plan(tmp_path))
+    sums = (tmp_path / "vae.sha256").read_text()
+    other = jax.tree.map(lambda a: a + 1, tiny_latents.params())
+    with writing(tiny_latents.plan(tmp_path, vae_fingerprint=SHA256), other):
+        assert (tmp_path / "vae.sha256").read_text() != sums
+    assert not latent_cache.vae_damage(tmp_path)
 
 
 def test_images_that_lie_elsewhere_by_now_are_the_same_request(copy):

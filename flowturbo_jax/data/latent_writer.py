@@ -44,6 +44,8 @@ def writing(
 ) -> Iterator["Writer"]:
     """Begins a cache at `plan.directory`, or goes on with one that the same plan began.
 
+    What another plan began without finishing a shard is begun anew.
+
     Args:
       plan: what is to be encoded.
       vae_params: parameters of the autoencoder, stored with the latents.
@@ -177,7 +179,10 @@ def _begun(plan: Manifest) -> Manifest | None:
             )
         return None
     begun = latent_cache.read_manifest(directory, names[0])
-    if changes := _changes(begun, plan):
+    changes = _changes(begun, plan)
+    if changes and names[0] == UNFINISHED and not begun.shards:
+        return None  # nothing is lost if another plan begins anew
+    if changes:
         raise InputError(
             f"{directory} was begun by another command: {'; '.join(changes)}; give the same again, "
             "or choose another --out"
@@ -232,6 +237,9 @@ def _begin(
     for path in directory.glob(f"{DRAFT}*"):
         shutil.rmtree(path) if path.is_dir() else path.unlink()
     manifest = plan if found is None else _whole(found)
+    if found is None and (directory / VAE_SHA256).exists():
+        (directory / VAE_SHA256).unlink()  # of another plan, whose VAE is to be written over
+        _sync(directory)
     if found is None or manifest != found:
         _reopen(directory)
         _write_text(directory / UNFINISHED, manifest.to_json())

@@ -1,19 +1,23 @@
 """Encodes a data set of images to a cache of latents, on all devices of this machine."""
 
+import contextlib
 import dataclasses
 import itertools
 import math
+import os
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from einops import rearrange
 from jaxtyping import Array, Float
 
-from flowturbo_jax import model_directory, parallel
+from flowturbo_jax import model_directory, parallel, stopping
 from flowturbo_jax.data import DataSource, Example, UnreadableError
 from flowturbo_jax.data.latent_manifest import MOMENTS_DTYPES, Manifest
 from flowturbo_jax.data.latent_writer import ShardDraft, writing
@@ -21,6 +25,7 @@ from flowturbo_jax.interfaces import Images, InputError, Params
 from flowturbo_jax.models import VAE, VAEConfig
 from flowturbo_jax.pipelines import conversion
 
+MAX_COUNT = 2**31 - 1  # of batch size, shard size and threads; what libraries can count
 CROPS = {"folder": "adm", "tfds": "adm"}  # kinds of sources that crop, by data/pixels.py
 
 
@@ -63,6 +68,9 @@ class Options:
         for name in ("batch_size", "shard_size", "threads"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name} is {getattr(self, name)}; it must be at least 1")
+            if getattr(self, name) > MAX_COUNT:
+                flag = f"--{name.replace('_', '-')}"
+                raise InputError(f"{name} is {getattr(self, name)}; take a smaller {flag}")
         model_directory.network_dtype(self.dtype)
         if self.moments not in MOMENTS_DTYPES:
             known = " or ".join(MOMENTS_DTYPES)
@@ -102,9 +110,11 @@ def plan(
     """What a cache is to be, decided before the first image is read.
 
     Raises:
-      InputError: the source does not hold images, or not such as this autoencoder takes.
+      InputError: the source does not hold images, or not such as this autoencoder takes, or `out`
+        lies in its folder.
     """
     config = autoencoder.config
+    _refuse_inside(source, out)
     height, width, channels = source.shape
     if source.latents is not None or source.draw is not None:
         raise InputError(f"{source.name} does not hold images; give a data set that does")
@@ -162,20 +172,62 @@ def encode(
 
     Raises:
       InputError: images, autoencoder and options do not fit, `out` is taken, too many images cannot
-        be read, or the disk is full; shards that are finished are kept.
+        be read, a batch does not fit into memory, or the disk is full; shards that are finished
+        are kept.
+      KeyboardInterrupt: SIGINT or SIGTERM asked to stop; shards that are finished are kept.
     """
     wanted = plan(source, autoencoder, out, options)
     parallel.check_batch_size(options.batch_size)
-    with writing(wanted, autoencoder.params, report) as writer:
+    with (
+        stopping.requests() as stop,
+        _memory_errors(options.batch_size),
+        writing(wanted, autoencoder.params, report) as writer,
+    ):
         tally = _Tally(source, writer.manifest, options.unreadable_limit, report, on_images)
         if missing := writer.missing:
             moments_of = _moments_of(autoencoder, options)
             ranges = [wanted.shard_images(number) for number in missing]
             images = _read_ahead(source, ranges, options)
             for number, indices in zip(missing, ranges, strict=True):
-                with writer.shard(number) as shard:
-                    _fill(shard, itertools.islice(images, len(indices)), moments_of, tally)
+                try:
+                    with writer.shard(number) as shard:
+                        share = itertools.islice(images, len(indices))
+                        _fill(shard, share, moments_of, tally, stop)
+                except KeyboardInterrupt:
+                    done = len(writer.manifest.shards)
+                    report(
+                        f"stopped: {done} of {wanted.shard_count} shards are finished; the same "
+                        "command goes on"
+                    )
+                    raise
         return writer.finish()
+
+
+def _refuse_inside(source: DataSource, out: str | Path) -> None:
+    """Refuses to write into a folder of images, which would become another data set by that."""
+    kind, _, argument = source.name.partition(":")
+    if kind != "folder":
+        return
+    root, place = (os.path.realpath(os.path.expanduser(path)) for path in (argument, out))
+    if os.path.commonpath([root, place]) == root:
+        raise InputError(f"{out} lies in {source.name}, the images' own folder; give another --out")
+
+
+@contextlib.contextmanager
+def _memory_errors(batch_size: int) -> Iterator[None]:
+    """Says what to do when a batch does not fit into memory."""
+    try:
+        yield
+    except (MemoryError, jax.errors.JaxRuntimeError) as error:
+        words = str(error)
+        if not isinstance(error, MemoryError) and not (
+            "RESOURCE_EXHAUSTED" in words or "out of memory" in words.lower()
+        ):
+            raise
+        raise InputError(
+            f"a batch of {batch_size} images does not fit into memory; take a smaller --batch-size"
+            ", and another --out if files are finished in this one"
+        ) from error
 
 
 def both_moments(
@@ -263,7 +315,8 @@ class _Tally:
             raise InputError(
                 f"{self._unreadable} of {total} images of {self._source.name} cannot be read, more "
                 f"than unreadable_limit {self._limit:g} allows; the last: {name}: "
-                f"{image.reason}; mend or remove them, or raise the limit"
+                f"{image.reason}; raise --unreadable-limit to keep the finished files, or mend "
+                "the images and encode into another --out"
             )
         self._show()
         return name
@@ -290,11 +343,18 @@ def _fill(
     images: Iterable[Image],
     moments_of: Callable[[Iterable[Image]], Iterator[tuple[Image, np.ndarray]]],
     tally: _Tally,
+    stop: threading.Event,
 ) -> None:
-    """Encodes one shard's images; batches do not go beyond it, so its bytes are always the same."""
+    """Encodes one shard's images; batches do not go beyond it, so its bytes are always the same.
+
+    Raises KeyboardInterrupt, before the next image is taken, once `stop` is set.
+    """
 
     def readable() -> Iterator[Image]:
         for image in images:
+            # Here and not in a signal's handler, whose exception a library's callback may swallow.
+            if stop.is_set():
+                raise KeyboardInterrupt
             if image.example is None:
                 shard.leave_out(tally.leave_out(image))
             else:
