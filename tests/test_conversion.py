@@ -1,6 +1,5 @@
 """Published files to a model directory: golden weights convert, sample and go back."""
 
-import dataclasses
 import json
 import shutil
 from functools import partial
@@ -10,14 +9,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import tiny
 from einops import rearrange
 from published import FILES, sources
 from safetensors.numpy import load_file, save_file
 
-from flowturbo_jax import ClassToImage, convert, model_directory, path, trainer
+from flowturbo_jax import ClassToImage, convert, model_directory, path
 from flowturbo_jax.interfaces import InputError
-from flowturbo_jax.models import VAE, SiT, VAEConfig
+from flowturbo_jax.models import SiT
 from flowturbo_jax.pipelines import conversion, programs
 from flowturbo_jax.pipelines.conversion import Sources, convert_model
 
@@ -254,30 +252,6 @@ def test_a_damaged_vae_is_refused_on_loading(tmp_path, converted):
     file.write_bytes(content)
     with pytest.raises(InputError, match=r"the vae in .* is damaged"):
         model_directory.load(tmp_path / "model")
-
-
-def test_a_refiner_trained_for_a_model_keeps_its_vae(tmp_path):
-    latents = VAEConfig(latent_channels=1, block_out_channels=(4, 4), norm_num_groups=2)
-    described = dataclasses.replace(tiny.description(refiner=False), vae=latents)
-    params = jax.tree.map(np.asarray, jax.jit(VAE(latents).initialise)(jax.random.key(0)))
-    predictor = tiny.random_params(SiT(described.predictor))
-    model_directory.save(tmp_path / "model", described, predictor, None, params)
-    trainer.train_and_evaluate(
-        tiny.recipe(
-            name="refiner",
-            objective="refiner",
-            model={},
-            model_dir=str(tmp_path / "model"),
-            steps=1,
-            schedule="H1",
-            evaluate_every=1,
-            checkpoint_every=1,
-        ),
-        tmp_path / "run",
-    )
-    model = model_directory.load(tmp_path / "run/model")
-    assert model.description.vae == latents
-    jax.tree.map(np.testing.assert_array_equal, model.vae_params, params)
 
 
 def test_a_refiner_as_wide_as_its_predictor_has_as_many_heads(tmp_path):

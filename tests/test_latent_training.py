@@ -67,6 +67,8 @@ def test_a_refiner_is_trained_on_latents_and_decoded_by_the_teachers_vae(folders
     assert int(state.step) == 6
     assert (tmp_path / "samples" / "0000006.png").is_file()
     pipe = ClassToImage.load(tmp_path / "model")
+    kept = model_directory.load(folders / "teacher").vae_params
+    jax.tree.map(np.testing.assert_array_equal, pipe.model.vae_params, kept)
     assert pipe(["odd"], schedule="H1R1").shape == (1, 8, 8, 3)
     source = json.loads((tmp_path / "model" / "model.json").read_text())["source"]
     assert source["refiner"]["data"].startswith("latents:")
