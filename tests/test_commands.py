@@ -153,7 +153,7 @@ def test_evaluate_continues_its_file_and_prints_means(model, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["dance"], "unknown command 'dance'; known are convert, evaluate"),
+        (["dance"], "unknown command 'dance'; known are convert, encode, evaluate"),
         (["evaluate"], "arguments are required"),
         (["evaluate", "nowhere", "--schedules=H1", "--out=x"], "no model directory"),
         (["evaluate", "digits", "--schedules=X", "--out=x"], "cannot be read"),
