@@ -1,5 +1,7 @@
 """Orbax directories of parameters, checked by name and shape when they are read."""
 
+import shutil
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -67,6 +69,21 @@ def load_params(directory: Path, wanted: Params) -> Params:
         raise
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(_damaged(directory, error)) from error
+
+
+def remove_draft(directory: Path) -> None:
+    """Removes a folder that Orbax's threads, after a fault, go on to write to and make anew.
+
+    Args:
+      directory: what a failed or interrupted `save_params` wrote to, or a folder above it.
+    """
+    gone = 0
+    for _ in range(200):
+        shutil.rmtree(directory, ignore_errors=True)
+        gone = 0 if directory.exists() else gone + 1
+        if gone == 20:  # for a second
+            return
+        time.sleep(0.05)
 
 
 def mismatches(found: Mapping[str, Any], wanted: Mapping[str, tuple[int, ...]]) -> list[str]:

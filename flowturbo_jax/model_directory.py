@@ -7,7 +7,6 @@ import json
 import os
 import shutil
 import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-from flowturbo_jax.checkpoint import load_params, save_params
+from flowturbo_jax.checkpoint import load_params, remove_draft, save_params
 from flowturbo_jax.interfaces import InputError, Params
 from flowturbo_jax.model_description import Description
 from flowturbo_jax.models import VAE, family
@@ -248,18 +247,7 @@ def save(
         raise InputError(f"cannot write {directory}: {reason:.200}") from error
     finally:
         if draft is not None and draft.exists():
-            _remove(draft)
-
-
-def _remove(draft: Path) -> None:
-    """Removes a folder that Orbax's threads, when interrupted, go on to write to and make anew."""
-    gone = 0
-    for _ in range(200):
-        shutil.rmtree(draft, ignore_errors=True)
-        gone = 0 if draft.exists() else gone + 1
-        if gone == 20:  # for a second
-            return
-        time.sleep(0.05)
+            remove_draft(draft)
 
 
 def check_place(directory: Path) -> None:

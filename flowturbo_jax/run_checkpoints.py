@@ -18,7 +18,7 @@ from typing import Any
 
 import jax
 
-from flowturbo_jax.checkpoint import load_params, save_params
+from flowturbo_jax.checkpoint import load_params, remove_draft, save_params
 from flowturbo_jax.interfaces import InputError
 
 CHECKSUMS, CONFIG, STATE = "checksums.json", "config.json", "state"
@@ -76,7 +76,7 @@ class Checkpoints:
             os.replace(draft, self._directory / str(step))
             _synchronise(self._directory)
         except (OSError, ValueError) as error:  # Orbax reports a full disk as a ValueError
-            shutil.rmtree(draft, ignore_errors=True)
+            remove_draft(draft)
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise InputError(
                 f"cannot save the checkpoint of step {step} to {self._directory}: {reason:.300}; "

@@ -132,6 +132,7 @@ class TrainConfig(Recipe):
         self.check_range(("weight_decay", "gradient_clip", "ema_half_life", "image_size"), 0)
         self.check_range(("ema_decay", "label_dropout", "unreadable_limit"), 0, 1)
         self.check_range(("seed",), 0, 2**32)
+        self.check_range(("guidance_scale",), -1e6, 1e6)
         if not 0 <= self.warmup_steps < self.steps:
             raise InputError(
                 f"config key warmup_steps is {self.warmup_steps}; it must be at least 0 and below "
