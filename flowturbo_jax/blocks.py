@@ -34,7 +34,7 @@ def pseudo_corrector(flow: Flow, state: State, t: Time, t_next: Time) -> State:
 
     Source: FlowTurbo algorithm 2 and appendix B.
     """
-    return _trapezoid(flow, state, state.memory, t, t_next)
+    return _trapezoid(flow, state, flow.recall(state.memory, t), t, t_next)
 
 
 def _trapezoid(flow: Flow, state: State, m0: Memory, t: Time, t_next: Time) -> State:
@@ -62,10 +62,11 @@ def refine(flow: Flow, state: State, t: Time, t_next: Time, *, chained: bool = F
       The state at t_next.
     """
     dt = t_next - t
-    m0 = _add(state.memory, flow.refine(state.x, t, state.memory))
+    memory = flow.recall(state.memory, t)
+    m0 = _add(memory, flow.refine(state.x, t, memory))
     d0 = flow.drift(m0)
-    offset = flow.refine(state.x + dt * d0, t_next, m0 if chained else state.memory)
-    m1 = _add(m0, offset)
+    offset = flow.refine(state.x + dt * d0, t_next, m0 if chained else memory)
+    m1 = flow.recall(_add(m0, offset), t_next)
     return State(state.x + dt / 2 * (d0 + flow.drift(m1)), m0)
 
 

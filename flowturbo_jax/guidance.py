@@ -4,23 +4,51 @@
 functions over arrays whose first axis is the batch; a condition is any pytree of such arrays.
 The guided velocity is `uncond + scale (cond - uncond)`; scale 1 is no guidance. Both guided modes
 evaluate each network once per call, on the two branches side by side in one batch, and cost the
-same. Source: PAPER section 4.
+same. Guidance may be limited to an interval of flow time, outside of which only the conditional
+branch is evaluated. Source: PAPER section 4.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from flowturbo_jax.interfaces import Condition, Flow, Latents, Time, Velocity
+from flowturbo_jax.interfaces import Condition, Flow, InputError, Latents, Time, Velocity
 
 PredictorFunction = Callable[[Latents, Time, Condition], Velocity]
 RefinerFunction = Callable[[Latents, Velocity, Time, Condition], Velocity]
 Scale = Float[Array, ""] | float
+Interval = Float[Array, "2"] | tuple[float, float]
 Branches = Float[Array, "2 batch *point"]  # conditional first, unconditional second
 
 MODES = ("none", "official", "paired")
+ROUNDING = 1e-6  # of a time grid in float32, so that its points at an end of an interval are inside
+
+
+def check_interval(interval: Any) -> tuple[float, float] | None:
+    """An interval of flow time as two floats, or None where it is the whole of [0, 1].
+
+    Args:
+      interval: two numbers, or None for all of the time.
+
+    Raises:
+      InputError: they are no numbers that rise within [0, 1].
+    """
+    if interval is None:
+        return None
+    try:
+        low, high = (float(end) for end in interval)
+    except (TypeError, ValueError) as error:
+        raise InputError(
+            f"guidance_interval is {interval!r}; it must be two flow times, such as (0.1, 0.8)"
+        ) from error
+    if not 0 <= low < high <= 1:
+        raise InputError(
+            f"guidance_interval is ({low:g}, {high:g}); it must rise within [0, 1], 0 being noise"
+        )
+    return None if (low, high) == (0, 1) else (low, high)
 
 
 def unguided(
@@ -46,6 +74,7 @@ def paired(
     condition: Condition,
     null_condition: Condition,
     scale: Scale,
+    interval: Interval | None = None,
 ) -> Flow:
     """Remembers and refines each branch under its own condition; guides only what moves x.
 
@@ -58,13 +87,16 @@ def paired(
       condition: condition of the conditional branch, batch first.
       null_condition: its dropped version, same structure and shapes.
       scale: guidance scale, `[]`; may be traced.
+      interval: first and last flow time of guidance, ends included, `[2]`; may be traced; None for
+        all of the time. Source: Kynkäänniemi et al. 2024, "Applying Guidance in a Limited
+        Interval Improves Sample and Distribution Quality in Diffusion Models".
     """
-    branches = _Branches(predictor, refiner, condition, null_condition)
+    branches = _Branches(predictor, refiner, condition, null_condition, interval)
 
     def drift(memory: Branches) -> Velocity:
         return _guide(memory, scale)
 
-    return Flow(branches.predict, branches.refine if refiner else None, drift)
+    return Flow(branches.predict, branches.refine if refiner else None, drift, branches.recall)
 
 
 def official(
@@ -74,6 +106,7 @@ def official(
     null_condition: Condition,
     scale: Scale,
     guided_channels: int | None = None,
+    interval: Interval | None = None,
 ) -> Flow:
     """Remembers velocities that are guided already, and guides the refiner's offsets likewise.
 
@@ -88,10 +121,12 @@ def official(
       null_condition: its dropped version, same structure and shapes.
       scale: guidance scale, `[]`; may be traced.
       guided_channels: how many of the last axis are guided; None guides all.
+      interval: as in `paired`. What R steps refine after its end stays guided: the velocity they
+        remember was.
 
     Source: FlowTurbo models_assemble.py, forward_with_cfg (guided_channels=3).
     """
-    branches = _Branches(predictor, refiner, condition, null_condition)
+    branches = _Branches(predictor, refiner, condition, null_condition, interval)
 
     def guide(pair: Branches) -> Branches:
         guided = _guide(pair[..., :guided_channels], scale)
@@ -107,6 +142,7 @@ def official(
         lambda x, t: guide(branches.predict(x, t)),
         refine if refiner else None,
         lambda memory: memory[0],
+        branches.recall,
     )
 
 
@@ -116,21 +152,50 @@ def _guide(pair: Branches, scale: Scale) -> Velocity:
 
 
 class _Branches:
-    """Both branches' networks as one evaluation over a doubled batch, `[2, B, ...]` out."""
+    """Both branches' networks as one evaluation over a doubled batch, `[2, B, ...]` out.
 
-    def __init__(self, predictor, refiner, condition, null_condition):
+    Outside the interval the conditional branch alone is evaluated and stands for both, so that
+    their difference, and with it guidance, is exactly zero.
+    """
+
+    def __init__(self, predictor, refiner, condition, null_condition, interval):
         self._predictor = predictor
         self._refiner = refiner
+        self._condition, self._interval = condition, interval
         self._conditions = jax.tree.map(
             lambda a, b: jnp.concatenate([a, b]), condition, null_condition
         )
 
     def predict(self, x: Latents, t: Time) -> Branches:
-        return _split(self._predictor(jnp.concatenate([x, x]), t, self._conditions))
+        def both() -> Branches:
+            return _split(self._predictor(jnp.concatenate([x, x]), t, self._conditions))
+
+        return self._where_guided(t, both, lambda: self._predictor(x, t, self._condition))
 
     def refine(self, x: Latents, t: Time, memory: Branches) -> Branches:
-        v = memory.reshape(-1, *memory.shape[2:])
-        return _split(self._refiner(jnp.concatenate([x, x]), v, t, self._conditions))
+        def both() -> Branches:
+            v = memory.reshape(-1, *memory.shape[2:])
+            return _split(self._refiner(jnp.concatenate([x, x]), v, t, self._conditions))
+
+        return self._where_guided(t, both, lambda: self._refiner(x, memory[0], t, self._condition))
+
+    def recall(self, memory: Branches, t: Time) -> Branches:
+        if self._interval is None:
+            return memory
+        return jnp.where(self._guided(t), memory, _twice(memory[0]))
+
+    def _where_guided(self, t, both, conditional) -> Branches:
+        if self._interval is None:
+            return both()
+        return jax.lax.cond(self._guided(t), both, lambda: _twice(conditional()))
+
+    def _guided(self, t: Time) -> jax.Array:
+        low, high = self._interval
+        return (t >= low - ROUNDING) & (t <= high + ROUNDING)
+
+
+def _twice(velocity: Velocity) -> Branches:
+    return jnp.stack([velocity, velocity])
 
 
 def _split(both: Float[Array, " rows *point"]) -> Branches:

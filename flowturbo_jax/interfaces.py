@@ -25,7 +25,7 @@ class InputError(ValueError):
 
 
 class Flow(NamedTuple):
-    """The vector field a sampler integrates, as three pure functions over arrays.
+    """The vector field a sampler integrates, as pure functions over arrays.
 
     The sampler knows no labels, text, networks or guidance: they are behind these functions.
 
@@ -35,11 +35,14 @@ class Flow(NamedTuple):
         small network; None when the flow has no refiner.
       drift: `(memory) -> velocity [B, ...]`, the velocity that moves x. Without guidance the
         memory is the velocity itself, which is the default.
+      recall: `(memory, t []) -> memory`, what a memory counts as at flow time t, where that depends
+        on t (guidance on part of the time); the memory itself by default.
     """
 
     predict: Callable[[Latents, Time], Memory]
     refine: Callable[[Latents, Time, Memory], Memory] | None = None
     drift: Callable[[Memory], Velocity] = lambda memory: memory
+    recall: Callable[[Memory, Time], Memory] = lambda memory, t: memory
 
 
 class State(NamedTuple):

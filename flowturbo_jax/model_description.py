@@ -6,11 +6,36 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from flowturbo_jax.guidance import MODES
+from flowturbo_jax.guidance import MODES, check_interval
 from flowturbo_jax.interfaces import InputError
 from flowturbo_jax.models import VAEConfig, family
+from flowturbo_jax.schedule import Schedule
 
 FORMAT = 1
+PRESET_NAMES = ("fast", "balanced", "best")
+
+
+@dataclasses.dataclass(frozen=True)
+class Preset:
+    """A way to sample that was found for a model, under one of the `PRESET_NAMES`.
+
+    Attributes:
+      schedule: text of the schedule.
+      guidance: "none", "official" or "paired".
+      guidance_interval: first and last flow time of guidance; None for all of the time.
+    """
+
+    schedule: str
+    guidance: str
+    guidance_interval: tuple[float, float] | None = None
+
+    def __post_init__(self):
+        object.__setattr__(self, "schedule", str(Schedule.parse(self.schedule)))
+        if self.guidance not in MODES:
+            raise InputError(f"guidance is {self.guidance!r}; it must be one of {', '.join(MODES)}")
+        object.__setattr__(self, "guidance_interval", check_interval(self.guidance_interval))
+        if self.guidance == "none" and self.guidance_interval is not None:
+            raise InputError("guidance 'none' has no guidance_interval; leave one out")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,6 +54,7 @@ class Description:
       files_sha256: over files and hyper-parameters of each network, by name; checked before they
         are read.
       vae: config of the autoencoder behind the latents; None where the latents are pixels.
+      schedules: the presets that `tune` found, by name.
     """
 
     family: str
@@ -41,6 +67,7 @@ class Description:
     source: Mapping[str, Any]
     files_sha256: Mapping[str, str] = dataclasses.field(default_factory=dict)
     vae: VAEConfig | None = None
+    schedules: Mapping[str, Preset] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self):
         if self.guidance not in MODES:
@@ -59,6 +86,8 @@ class Description:
             raise InputError(
                 f"guided_channels is {channels!r}; it must be null or 1 to {known.stop - 1}"
             )
+        for name, preset in self.schedules.items():
+            self._check_preset(name, preset)
         if self.refiner is not None:
             self.predictor.check_refiner(self.refiner)
         if len(self.class_names) != self.predictor.num_classes:
@@ -70,6 +99,14 @@ class Description:
                 f"the VAE has {self.vae.latent_channels} latent channels, the predictor moves "
                 f"{self.predictor.shape[-1]}; they are of different models"
             )
+
+    def _check_preset(self, name: str, preset: Preset) -> None:
+        if name not in PRESET_NAMES:
+            raise InputError(f"schedules has {name!r}; known are {', '.join(PRESET_NAMES)}")
+        if preset.guidance != "none" and self.predictor.null_label is None:
+            raise InputError(f"schedule {name!r} is guided, but the predictor has no null class")
+        if Schedule.parse(preset.schedule).needs_refiner and self.refiner is None:
+            raise InputError(f"schedule {name!r} refines, but there is no refiner")
 
     @property
     def networks(self) -> dict[str, Any]:
@@ -106,11 +143,13 @@ class Description:
             raise InputError(f"model.json is not of format {FORMAT}; convert or train it anew")
         names = {field.name for field in dataclasses.fields(cls)}
         fields.setdefault("vae", None)  # written before there was one
+        fields.setdefault("schedules", {})  # likewise
         missing, unknown = sorted(names - fields.keys()), sorted(fields.keys() - names)
         if missing or unknown:
             raise InputError(f"model.json has the wrong keys: missing {missing}, unknown {unknown}")
-        flow = family(str(fields["family"])).config
-        for network, config in (("predictor", flow), ("refiner", flow), ("vae", VAEConfig)):
+        kind = family(str(fields["family"]))
+        configs = {"predictor": kind.config, "refiner": kind.refiner_config, "vae": VAEConfig}
+        for network, config in configs.items():
             if network != "predictor" and fields[network] is None:
                 continue
             try:
@@ -123,7 +162,11 @@ class Description:
         classes = fields["class_names"]
         if not isinstance(classes, list) or not all(isinstance(name, str) for name in classes):
             raise InputError("model.json: class_names must be a list of names")
-        for key in ("source", "files_sha256"):
+        for key in ("source", "files_sha256", "schedules"):
             if not isinstance(fields[key], dict):
                 raise InputError(f"model.json: {key} must be an object")
-        return cls(**{**fields, "class_names": tuple(classes)})
+        try:
+            presets = {name: Preset(**preset) for name, preset in fields["schedules"].items()}
+        except (TypeError, InputError) as error:
+            raise InputError(f"model.json, schedules: {error}") from error
+        return cls(**{**fields, "class_names": tuple(classes), "schedules": presets})

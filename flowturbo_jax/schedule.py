@@ -1,7 +1,7 @@
 """Schedules: which block makes each step, as text and as validated data.
 
-"H1P5R3" is one Heun step, five pseudo corrector steps, three refiner steps, in that order.
-Source: PAPER section 2.
+"H1P5R3" is one Heun step, five pseudo corrector steps, three refiner steps, in that order;
+"H1P5R3@0.5" are the same on a time grid that is finer near the data. Source: PAPER section 2.
 """
 
 import dataclasses
@@ -27,12 +27,15 @@ NAMES = {
 GRAMMAR = (
     "a schedule is runs such as H1P5R3: a letter "
     "(" + ", ".join(f"{letter} {name}" for letter, name in NAMES.items()) + ") and a number of "
-    "steps each; (H1P1R1)x2 repeats"
+    "steps each; (H1P1R1)x2 repeats, and @0.5 at the end shifts the time grid"
 )
 _TOKEN = re.compile(
     r"\s*(?:(?P<run>[A-Za-z]+)(?P<steps>[0-9]{1,9})|(?P<open>\()|\)x(?P<times>[0-9]{1,9}))\s*"
 )
+_SHIFT = re.compile(r"[0-9]{1,4}(\.[0-9]{1,9})?")
 MAX_STEPS = 10_000  # a typing error, not a schedule
+SHIFT_DIGITS = 6  # as many are kept, so that the text says all of it
+MAX_SHIFT = 100.0  # likewise; Stable Diffusion 3 uses 3 at 1024²
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,11 +57,23 @@ class Schedule:
 
     Attributes:
       runs: the runs in order, neighbouring runs of one block merged.
+      shift: of the time grid; 1 is uniform, above 1 steps are finer near the noise, below 1 near
+        the data; see `time_grid`.
     """
 
     runs: tuple[Run, ...]
+    shift: float = 1.0
 
     def __post_init__(self):
+        shift = self.shift
+        if isinstance(shift, bool) or not isinstance(shift, int | float):
+            raise InputError(f"the shift of a schedule is {shift!r}; it must be a number")
+        if not 1 / MAX_SHIFT <= shift <= MAX_SHIFT:
+            raise InputError(
+                f"the shift of a schedule is {shift:g}; it must lie in "
+                f"[{1 / MAX_SHIFT:g}, {MAX_SHIFT:g}], 1 being the uniform grid"
+            )
+        object.__setattr__(self, "shift", round(float(shift), SHIFT_DIGITS))
         runs = []
         for block, group in groupby(self.runs, key=lambda run: run.block):
             if block not in EVALUATIONS:
@@ -83,7 +98,7 @@ class Schedule:
         """Reads a schedule; a Schedule is returned as it is. Runs of 0 steps are left out.
 
         Args:
-          text: such as "H1P5R3", "P5H7R3", "(H1P1R1)x2", "E10" or "H1P5Rc3".
+          text: such as "H1P5R3", "P5H7R3", "(H1P1R1)x2", "E10", "H1P5Rc3" or "H1P5R3@0.5".
 
         Raises:
           InputError: it is empty, has no steps, an unknown letter, starts with R or cannot be read.
@@ -92,8 +107,12 @@ class Schedule:
             return text
         if not isinstance(text, str):
             raise InputError(f"schedule is {text!r}, not text; {GRAMMAR}")
-        text = text.strip()
-        shown = _shorten(text)
+        shown = _shorten(text.strip())
+        text, at, shift = text.strip().partition("@")
+        if at and not _SHIFT.fullmatch(shift.strip()):
+            raise InputError(
+                f"schedule {shown!r} has the shift {_shorten(shift)!r}; write a number such as @0.5"
+            )
         stack: list[list[Run]] = [[]]
         position = 0
         while position < len(text):
@@ -124,16 +143,18 @@ class Schedule:
             raise InputError(f"schedule {shown!r} has an open bracket; close it, as in (H1P1R1)x2")
         if not stack[0]:
             raise InputError(f"schedule {shown!r} has no steps; {GRAMMAR}")
-        return cls(tuple(stack[0]))
+        return cls(tuple(stack[0]), float(shift) if at else 1.0)
 
     def __str__(self) -> str:
         """Text that parses back to this schedule; a whole repetition is written as one."""
+        # Fixed-point, which parses back, and without the zeros that say nothing.
+        shift = "" if self.shift == 1 else f"@{self.shift:.{SHIFT_DIGITS}f}".rstrip("0").rstrip(".")
         runs = [f"{run.block}{run.steps}" for run in self.runs]
         for period in range(2, len(runs) // 2 + 1):
             times, rest = divmod(len(runs), period)
             if not rest and runs == runs[:period] * times:
-                return f"({''.join(runs[:period])})x{times}"
-        return "".join(runs)
+                return f"({''.join(runs[:period])})x{times}{shift}"
+        return "".join(runs) + shift
 
     @property
     def steps(self) -> int:
@@ -165,7 +186,10 @@ class Schedule:
         return self.refiner_evaluations > 0
 
     def time_grid(self, t_start: float | jax.Array = 0.0, dtype: Any = jnp.float32) -> jax.Array:
-        """Flow times of all steps, `[steps + 1]`: uniform from t_start to exactly 1.
+        """Flow times of all steps, `[steps + 1]`, from t_start to exactly 1.
+
+        With u = 1 - i / N the share of the way that is left, and s the shift,
+        t_i = 1 - (1 - t_start) s u / (1 + (s - 1) u); uniform for s = 1.
 
         Args:
           t_start: where to start, in [0, 1); may be traced.
@@ -174,12 +198,15 @@ class Schedule:
         Raises:
           InputError: a concrete t_start is outside [0, 1).
 
-        Source: PAPER section 1, t_i = i / N.
+        Source: PAPER section 1, t_i = i / N; the shift is that of Esser et al. 2024, "Scaling
+          Rectified Flow Transformers for High-Resolution Image Synthesis", eq. 23.
         """
         if not isinstance(t_start, jax.core.Tracer) and not 0 <= float(t_start) < 1:
             raise InputError(f"t_start is {float(t_start)}; it must lie in [0, 1), 0 being noise")
         # Counting down from 1 keeps the last time exactly 1 in every dtype.
         left = jnp.asarray([self.steps - i for i in range(self.steps + 1)], dtype) / self.steps
+        if self.shift != 1:
+            left = self.shift * left / (1 + (self.shift - 1) * left)
         return 1 - (1 - jnp.asarray(t_start, dtype)) * left
 
     def intervals(self) -> Sequence[tuple[Run, int, int]]:

@@ -115,13 +115,13 @@ def test_bfloat16_networks_stay_near_float32(pipe, tmp_path):
 
 
 def test_what_a_card_says_of_guidance_is_what_was_done(pipe):
-    assert pipe.resolve_guidance() == ("paired", 1.5)
-    assert pipe.resolve_guidance("none") == ("none", 1.0)
+    assert pipe.plan()[1:] == ("paired", 1.5, None)
+    assert pipe.plan(guidance="none")[1:] == ("none", 1.0, None)
     model = pipe.model
     quiet = dataclasses.replace(model.description, guidance="none")
     other = ft.ClassToImage(dataclasses.replace(model, description=quiet))
-    assert other.resolve_guidance() == ("none", 1.0)
-    assert other.resolve_guidance(scale=2) == ("paired", 2.0)
+    assert other.plan("H1")[1:] == ("none", 1.0, None)
+    assert other.plan("H1", guidance_scale=2)[1:] == ("paired", 2.0, None)
     settings = {"seed": 0, "samples": 2, "batch_size": 2, "reference": None}
     card = evaluation.protocol_card(other, "H1", guidance=None, guidance_scale=2, **settings)
     assert (card["guidance"], card["guidance_scale"]) == ("paired", 2.0)

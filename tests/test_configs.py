@@ -135,6 +135,7 @@ def test_the_imagenet_recipe_makes_eight_images_at_full_size():
         seeds,
         jnp.asarray(labels),
         jnp.asarray(recipe.guidance_scale),
+        None,
     )
     assert (images.shape, images.dtype) == ((8, 256, 256, 3), jnp.uint8)
 

@@ -259,3 +259,58 @@ def test_time_grid_refuses_a_start_off_the_path(t_start):
         Schedule.parse("H1").time_grid(t_start)
     with pytest.raises(InputError, match="t_start"):
         Schedule.parse("H1").time_grid(jnp.asarray(t_start))
+
+
+@pytest.mark.parametrize("shift", [0.25, 1.0, 3.0])
+@pytest.mark.parametrize("t_start", [0.0, 0.4])
+def test_shift_bends_the_time_grid_by_its_formula(shift, t_start):
+    schedule = Schedule.parse(f"H4P4@{shift}")
+    grid = np.asarray(schedule.time_grid(t_start, jnp.float32), np.float64)
+    left = 1 - np.arange(9) / 8
+    noise_share = shift * left / (1 + (shift - 1) * left)  # Esser et al. 2024, eq. 23, for 1 - t
+    np.testing.assert_allclose(grid, 1 - (1 - t_start) * noise_share, atol=1e-6)
+    assert grid[-1] == 1
+    assert (np.diff(grid) > 0).all()
+
+
+def test_shift_refines_the_end_it_says():
+    first, last = (np.diff(np.asarray(Schedule.parse(f"H8@{s}").time_grid())) for s in (3, 0.3))
+    assert first[0] < first[-1]
+    assert last[0] > last[-1]
+
+
+@pytest.mark.parametrize(
+    ("text", "written"),
+    [
+        ("H8@1", "H8"),
+        ("H1P5R3@0.50", "H1P5R3@0.5"),
+        ("(H1P1)x2 @ 2", "(H1P1)x2@2"),
+        ("H1@1.4142135", "H1@1.414214"),
+        ("H1@0.01", "H1@0.01"),
+    ],
+)
+def test_shift_is_part_of_the_text_and_parses_back(text, written):
+    schedule = Schedule.parse(text)
+    assert str(schedule) == written
+    assert Schedule.parse(written) == schedule
+
+
+def test_any_shift_survives_its_text():
+    for shift in np.geomspace(0.01, 100, 57):
+        schedule = Schedule((Run("H", 2),), shift)
+        assert Schedule.parse(str(schedule)) == schedule
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["H8@", "H8@x", "H8@-1", "H8@0", "H8@0.001", "H8@1000", "@2", "H8@nan", "H8@1e1", "H8@2@3"],
+)
+def test_nonsense_for_a_shift_is_refused(text):
+    with pytest.raises(InputError, match=r"shift|no steps"):
+        Schedule.parse(text)
+
+
+@pytest.mark.parametrize("shift", [True, float("nan"), float("inf"), 0])
+def test_a_shift_that_is_no_number_in_range_is_refused(shift):
+    with pytest.raises(InputError, match="shift"):
+        Schedule((Run("H", 2),), shift)

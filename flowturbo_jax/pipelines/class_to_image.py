@@ -9,25 +9,25 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from flowturbo_jax import guidance as guide
 from flowturbo_jax import model_directory, path
 from flowturbo_jax.class_names import label_of
 from flowturbo_jax.interfaces import ImageBytes, InputError, Latents
 from flowturbo_jax.model_directory import Model
 from flowturbo_jax.pipelines import programs
+from flowturbo_jax.pipelines.plan import Plan, resolve
 from flowturbo_jax.pipelines.requests import check_batch_size, seeds_and_indices
 from flowturbo_jax.schedule import Schedule
 
-DEFAULT_SCHEDULE = "H1P5R3"  # the paper's fastest on ImageNet
 ENCODING = np.uint32(0x9E3779B9)
+GuidanceInterval = tuple[float, float] | jax.Array | None
 ClassLabels = Sequence[int | str] | np.ndarray | jax.Array
 
 
 class ClassToImage:
     """Images of given classes from a model directory.
 
-    Nothing recompiles for other weights, seeds, labels or guidance scales: a program belongs to
-    (networks, schedule, guidance mode, batch size) alone.
+    Nothing recompiles for other weights, seeds, labels, guidance scales or intervals: a program
+    belongs to (networks, schedule, guidance mode, whether there is an interval, batch size) alone.
 
     Attributes:
       model: the loaded model.
@@ -64,9 +64,10 @@ class ClassToImage:
         *,
         seeds: int | Sequence[int] | np.ndarray = 0,
         first_index: int = 0,
-        schedule: str | Schedule = DEFAULT_SCHEDULE,
+        schedule: str | Schedule | None = None,
         guidance_scale: float | jax.Array | None = None,
         guidance: str | None = None,
+        guidance_interval: GuidanceInterval = None,
         batch_size: int | None = None,
     ) -> ImageBytes:
         """Samples one image per label.
@@ -78,9 +79,11 @@ class ClassToImage:
           seeds: one seed for all, whose images have the indices first_index, first_index + 1, ...;
             or one seed per image, each the first image of its seed.
           first_index: where the indices of a single seed start, to continue an earlier batch.
-          schedule: which block makes each step.
+          schedule: which block makes each step, or "fast", "balanced" or "best" where the model
+            was tuned, which also says how to guide; H1P5R3 if None.
           guidance_scale: 1 is no guidance; the model's default if None.
           guidance: "paired", "official" or "none"; the model's default if None.
+          guidance_interval: first and last flow time of guidance; all of the time if None.
           batch_size: images computed at a time, all if None. The last batch is filled up and cut,
             so other numbers of labels compile nothing.
 
@@ -93,17 +96,17 @@ class ClassToImage:
         self._check_shows_images()
         labels = self._check_labels(labels)
         seeds, indices = seeds_and_indices(seeds, first_index, len(labels))
-        static, scale = self._settings(schedule, guidance_scale, guidance)
+        plan = self.plan(schedule, guidance_scale, guidance, guidance_interval)
         if batch_size is not None:
             check_batch_size(batch_size)
         count = len(labels)
         if batch_size is None or batch_size == count:
-            return self._sample_images(seeds, indices, labels, scale, static)
+            return self._sample_images(seeds, indices, labels, plan)
         labels = np.asarray(labels)
         parts = []
         for first in range(0, count, batch_size):
             rows = np.minimum(np.arange(first, first + batch_size), count - 1)
-            made = self._sample_images(seeds[rows], indices[rows], labels[rows], scale, static)
+            made = self._sample_images(seeds[rows], indices[rows], labels[rows], plan)
             parts.append(np.asarray(made))
         return jax.device_put(np.concatenate(parts)[:count])
 
@@ -111,9 +114,10 @@ class ClassToImage:
         self,
         batch_size: int,
         *,
-        schedule: str | Schedule = DEFAULT_SCHEDULE,
+        schedule: str | Schedule | None = None,
         guidance_scale: float | jax.Array | None = None,
         guidance: str | None = None,
+        guidance_interval: GuidanceInterval = None,
     ) -> None:
         """Compiles the program of a batch size, so that no later `__call__` of it waits for that.
 
@@ -122,42 +126,49 @@ class ClassToImage:
           schedule: as in `__call__`, as are the rest.
           guidance_scale: any; it matters only where it turns guidance on.
           guidance: "paired", "official" or "none"; the model's default if None.
+          guidance_interval: first and last flow time of guidance; all of the time if None.
 
         Raises:
           InputError: as `__call__`.
         """
         check_batch_size(batch_size)
-        static, scale = self._settings(schedule, guidance_scale, guidance)
+        plan = self.plan(schedule, guidance_scale, guidance, guidance_interval)
         seeds, indices = seeds_and_indices(0, 0, batch_size)
         labels = np.zeros(batch_size, np.int32)
-        programs.sample_images.lower(
-            self._params, self._decoder, seeds, indices, labels, scale, **static
-        ).compile()
+        noise = (self._params, self._decoder, seeds, indices, labels)
+        programs.sample_images.lower(*noise, *plan.arguments, **self._static(plan)).compile()
 
-    def _sample_images(
-        self, seeds: Any, indices: Any, labels: Any, scale: jax.Array, static: dict[str, Any]
-    ) -> ImageBytes:
-        return programs.sample_images(
-            self._params, self._decoder, seeds, indices, labels, scale, **static
-        )
+    def _sample_images(self, seeds: Any, indices: Any, labels: Any, plan: Plan) -> ImageBytes:
+        noise = (self._params, self._decoder, seeds, indices, labels)
+        return programs.sample_images(*noise, *plan.arguments, **self._static(plan))
+
+    def _static(self, plan: Plan) -> dict[str, Any]:
+        """What selects a program, beside the shapes."""
+        return {
+            "networks": programs.Networks(self.model),
+            "schedule": plan.schedule,
+            "guidance": plan.guidance,
+        }
 
     def sample_latents(
         self,
         noise: Latents,
         labels: ClassLabels,
         *,
-        schedule: str | Schedule = DEFAULT_SCHEDULE,
+        schedule: str | Schedule | None = None,
         guidance_scale: float | jax.Array | None = None,
         guidance: str | None = None,
+        guidance_interval: GuidanceInterval = None,
     ) -> Latents:
         """Samples latents from given noise.
 
         Args:
           noise: `[B, H, W, C]` float32, the model's latent shape.
           labels: as in `__call__`, as are the rest.
-          schedule: which block makes each step.
+          schedule: as in `__call__`, as are the rest.
           guidance_scale: 1 is no guidance; the model's default if None.
           guidance: "paired", "official" or "none"; the model's default if None.
+          guidance_interval: first and last flow time of guidance; all of the time if None.
 
         Returns:
           Latents `[B, H, W, C]` float32.
@@ -176,8 +187,9 @@ class ClassToImage:
         labels = self._check_labels(labels)
         if len(labels) != len(noise):
             raise InputError(f"{len(labels)} labels for {len(noise)} noises; one each is needed")
-        static, scale = self._settings(schedule, guidance_scale, guidance)
-        return programs.sample_latents(self._params, noise, labels, scale, **static)
+        plan = self.plan(schedule, guidance_scale, guidance, guidance_interval)
+        start = (self._params, noise, labels)
+        return programs.sample_latents(*start, *plan.arguments, **self._static(plan))
 
     def encode(self, images: ImageBytes | np.ndarray, seed: int | None = None) -> Latents:
         """The latents of images, of which those of one size share a program.
@@ -245,6 +257,7 @@ class ClassToImage:
         schedule: str | Schedule,
         guidance_scale: float | jax.Array | None = None,
         guidance: str | None = None,
+        guidance_interval: GuidanceInterval = None,
     ) -> None:
         """Refuses what `__call__` would refuse, without sampling.
 
@@ -253,7 +266,22 @@ class ClassToImage:
         """
         self._check_shows_images()
         self._check_labels(labels)
-        self._settings(schedule, guidance_scale, guidance)
+        self.plan(schedule, guidance_scale, guidance, guidance_interval)
+
+    def plan(
+        self,
+        schedule: str | Schedule | None = None,
+        guidance_scale: float | jax.Array | None = None,
+        guidance: str | None = None,
+        guidance_interval: GuidanceInterval = None,
+    ) -> Plan:
+        """How a call with these arguments samples: each one given, or the model's own.
+
+        Raises:
+          InputError: the model cannot be sampled so.
+        """
+        description = self.model.description
+        return resolve(description, schedule, guidance_scale, guidance, guidance_interval)
 
     def _check_shows_images(self) -> None:
         channels = self.model.description.image_shape[-1]
@@ -289,60 +317,3 @@ class ClassToImage:
                 + (f"the classes 0 to {classes - 1}" if classes else "no classes: use label 0")
             )
         return labels.astype(np.int32)  # not JAX's, which compiles a conversion per length
-
-    def _settings(
-        self, schedule: str | Schedule, scale: float | jax.Array | None, mode: str | None
-    ) -> tuple[dict[str, Any], jax.Array]:
-        """What selects a program, and the guidance scale as its argument."""
-        schedule = Schedule.parse(schedule)
-        if schedule.needs_refiner and self.model.refiner is None:
-            raise InputError(
-                f"schedule {schedule} refines, but this model has no refiner; take a schedule of "
-                "E, H and P, or train one with train.py"
-            )
-        mode, scale = self.resolve_guidance(mode, scale)
-        static = {
-            "networks": programs.Networks(self.model),
-            "schedule": schedule,
-            "guidance": mode,
-        }
-        return static, jnp.asarray(scale, jnp.float32)
-
-    def resolve_guidance(
-        self, mode: str | None = None, scale: Any = None
-    ) -> tuple[str, float | jax.Array]:
-        """The guidance mode and scale that a call with these arguments uses.
-
-        Args:
-          mode: "paired", "official" or "none"; the model's default if None, but "paired" where
-            that is "none" and a scale is given.
-          scale: a number, also as a traced or concrete array `[]`; the model's default if None.
-
-        Returns:
-          Mode and scale; the scale of "none" is 1.
-
-        Raises:
-          InputError: the model cannot be guided, or not so.
-        """
-        description = self.model.description
-        can_guide = description.predictor.null_label is not None
-        if mode is None:
-            mode = description.guidance
-            if mode == "none" and scale is not None:
-                mode = "paired"  # a scale was asked for, so guide, or say why not
-        if mode not in guide.MODES:
-            raise InputError(f"guidance is {mode!r}; it must be one of {', '.join(guide.MODES)}")
-        if mode != "none" and not can_guide:
-            raise InputError(
-                "this model cannot be guided: it has no null class (it is unconditional, or was "
-                "trained without label dropout); use guidance 'none'"
-            )
-        if isinstance(scale, jax.Array) and scale.ndim == 0 and mode != "none":
-            return mode, scale
-        if scale is None:
-            scale = description.guidance_scale if mode != "none" else 1.0
-        if isinstance(scale, bool) or not isinstance(scale, numbers.Real) or not abs(scale) < 1e6:
-            raise InputError(f"guidance_scale is {scale!r}; it must be a number, such as 1.5")
-        if mode == "none" and scale != 1:
-            raise InputError(f"guidance 'none' has no scale, but {scale} was given; leave one out")
-        return mode, float(scale)

@@ -194,8 +194,8 @@ def protocol_card(
       reference: what the samples are compared with, if anything.
       label_sampling: how the labels were chosen.
     """
-    description, schedule = pipe.model.description, Schedule.parse(schedule)
-    mode, scale = pipe.resolve_guidance(guidance, guidance_scale)
+    description = pipe.model.description
+    schedule, mode, scale, _ = pipe.plan(schedule, guidance_scale, guidance)
     card = {
         "schedule": str(schedule),
         "steps": schedule.steps,

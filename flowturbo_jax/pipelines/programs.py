@@ -47,7 +47,14 @@ class Networks:
         return isinstance(other, Networks) and self._key == other._key
 
 
-def make_flow(networks: Any, params: Any, labels: Labels, scale: jax.Array, guidance: str) -> Flow:
+def make_flow(
+    networks: Any,
+    params: Any,
+    labels: Labels,
+    scale: jax.Array,
+    interval: jax.Array | None,
+    guidance: str,
+) -> Flow:
     """The flow of a model's networks under labels.
 
     Args:
@@ -55,6 +62,7 @@ def make_flow(networks: Any, params: Any, labels: Labels, scale: jax.Array, guid
       params: parameters of both, `(predictor, refiner)`.
       labels: `[B]` int32.
       scale: guidance scale `[]` float32.
+      interval: first and last flow time of guidance `[2]` float32; None for all of the time.
       guidance: "none", "official" or "paired".
     """
     predictor_params, refiner_params = params
@@ -72,8 +80,9 @@ def make_flow(networks: Any, params: Any, labels: Labels, scale: jax.Array, guid
         return guide.unguided(predictor, refiner, labels)
     null = jnp.full_like(labels, networks.config.null_label)
     if guidance == "paired":
-        return guide.paired(predictor, refiner, labels, null, scale)
-    return guide.official(predictor, refiner, labels, null, scale, networks.guided_channels)
+        return guide.paired(predictor, refiner, labels, null, scale, interval)
+    channels = networks.guided_channels
+    return guide.official(predictor, refiner, labels, null, scale, channels, interval)
 
 
 @partial(jax.jit, static_argnames=("networks", "schedule", "guidance"))
@@ -82,13 +91,14 @@ def sample_latents(
     noise: Latents,
     labels: Labels,
     scale: jax.Array,
+    interval: jax.Array | None,
     *,
     networks: Networks,
     schedule: Schedule,
     guidance: str,
 ) -> Latents:
     """Latents `[B, H, W, C]` from noise of that shape."""
-    flow = make_flow(networks, params, labels, scale, guidance)
+    flow = make_flow(networks, params, labels, scale, interval, guidance)
     return sampler.sample(flow, noise, schedule)
 
 
@@ -100,6 +110,7 @@ def sample_images(
     indices: jax.Array,
     labels: Labels,
     scale: jax.Array,
+    interval: jax.Array | None,
     *,
     networks: Networks,
     schedule: Schedule,
@@ -107,7 +118,7 @@ def sample_images(
 ) -> ImageBytes:
     """Images `[B, H, W, C]` uint8 from `(seed, index)` of each."""
     noise = path.sample_noise(seeds, indices, networks.config.shape)
-    flow = make_flow(networks, params, labels, scale, guidance)
+    flow = make_flow(networks, params, labels, scale, interval, guidance)
     return _decode(networks, decoder_params, sampler.sample(flow, noise, schedule))
 
 
