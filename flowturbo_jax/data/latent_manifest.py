@@ -19,6 +19,14 @@ MAX_SHARDS = 10_000  # with more, the manifest would be too large a JSON file to
 MOMENTS_DTYPES = {"float16": np.dtype("<f2"), "float32": np.dtype("<f4")}
 LABEL = np.dtype("<i4")
 SHA256 = re.compile(r"[0-9a-f]{64}")
+ARGUMENTS = {
+    "image_size": "--image-size",
+    "vae_fingerprint": "the fingerprint of --vae",
+    "vae_dtype": "--dtype",
+    "moments_dtype": "--moments",
+    "shard_size": "--shard-size",
+    "batch_size": "--batch-size",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -267,3 +275,27 @@ def _check_counts(owner: Any, names: tuple[str, ...], least: int) -> None:
         value = getattr(owner, name)
         if type(value) is not int or value < least:
             raise InputError(f"{name} is {value!r:.99}; it must be a whole number from {least} on")
+
+
+def differences(begun: Manifest, plan: Manifest) -> list[str]:
+    """What of a plan is not as it was."""
+    was, now = _settings(begun), _settings(plan)
+    return [
+        f"{name} was {was[name]:.60}, now it is {now[name]:.60}"
+        for name in was
+        if was[name] != now[name]
+    ]
+
+
+def _settings(manifest: Manifest) -> dict[str, str]:
+    """What must stay as it was, as messages show it."""
+    settings = {
+        ARGUMENTS.get(field.name, field.name): str(getattr(manifest, field.name))
+        for field in dataclasses.fields(manifest)
+        # The same images may lie elsewhere by now.
+        if field.name not in ("source", "source_fingerprint", "vae", "shards", "directory")
+    }
+    for name, value in dataclasses.asdict(manifest.vae).items():
+        settings[f"the VAE's {name}"] = str(value)
+    settings["the fingerprint of --data"] = manifest.source_fingerprint
+    return settings

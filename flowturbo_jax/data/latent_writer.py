@@ -18,7 +18,7 @@ import numpy as np
 from flowturbo_jax.checkpoint import save_params
 from flowturbo_jax.data import latent_cache
 from flowturbo_jax.data.latent_cache import MANIFEST, UNFINISHED, VAE_FOLDER, VAE_SHA256
-from flowturbo_jax.data.latent_manifest import Manifest, Shard, pack
+from flowturbo_jax.data.latent_manifest import Manifest, Shard, differences, pack
 from flowturbo_jax.interfaces import InputError, Params
 from flowturbo_jax.weights.json_file import MAX_JSON
 
@@ -28,14 +28,6 @@ DRAFT = ".draft-"  # what begins so is unfinished; after a kill it is in nobody'
 # to compress. In groups of 1, reading one record costs one record.
 RECORD_OPTIONS = "group_size:1,uncompressed"
 # How messages name what makes one plan differ from another: by the arguments of encode.
-ARGUMENTS = {
-    "image_size": "--image-size",
-    "vae_fingerprint": "the fingerprint of --vae",
-    "vae_dtype": "--dtype",
-    "moments_dtype": "--moments",
-    "shard_size": "--shard-size",
-    "batch_size": "--batch-size",
-}
 
 
 @contextlib.contextmanager
@@ -179,39 +171,15 @@ def _begun(plan: Manifest) -> Manifest | None:
             )
         return None
     begun = latent_cache.read_manifest(directory, names[0])
-    changes = _changes(begun, plan)
-    if changes and names[0] == UNFINISHED and not begun.shards:
+    found = differences(begun, plan)
+    if found and names[0] == UNFINISHED and not begun.shards:
         return None  # nothing is lost if another plan begins anew
-    if changes:
+    if found:
         raise InputError(
-            f"{directory} was begun by another command: {'; '.join(changes)}; give the same again, "
+            f"{directory} was begun by another command: {'; '.join(found)}; give the same again, "
             "or choose another --out"
         )
     return begun
-
-
-def _changes(begun: Manifest, plan: Manifest) -> list[str]:
-    """What of a plan is not as it was."""
-    was, now = _settings(begun), _settings(plan)
-    return [
-        f"{name} was {was[name]:.60}, now it is {now[name]:.60}"
-        for name in was
-        if was[name] != now[name]
-    ]
-
-
-def _settings(manifest: Manifest) -> dict[str, str]:
-    """What must stay as it was, as messages show it."""
-    settings = {
-        ARGUMENTS.get(field.name, field.name): str(getattr(manifest, field.name))
-        for field in dataclasses.fields(manifest)
-        # The same images may lie elsewhere by now.
-        if field.name not in ("source", "source_fingerprint", "vae", "shards", "directory")
-    }
-    for name, value in dataclasses.asdict(manifest.vae).items():
-        settings[f"the VAE's {name}"] = str(value)
-    settings["the fingerprint of --data"] = manifest.source_fingerprint
-    return settings
 
 
 def _missing(manifest: Manifest) -> list[int]:
