@@ -22,10 +22,17 @@ from flowturbo_jax.weights.tensor import Tensor, quoted
 
 StateDict = Mapping[str, np.ndarray | Tensor]
 
+_BATCH_NORM = r"bn\.(weight|bias|running_mean|running_var|num_batches_tracked)"
 # Tensors that serve training only, and are left out by name.
 TRAINING_ONLY = {
-    "sit": re.compile(r"projectors\.\d{1,4}\.\d{1,4}\.(weight|bias)")
-}  # REPA models/sit.py
+    # REPA models/sit.py
+    "sit": re.compile(r"projectors\.\d{1,4}\.\d{1,4}\.(weight|bias)"),
+    # torchvision inception.py: how many batches made the statistics, and a second classifier
+    "inception": re.compile(
+        r"(\w+\.){1,2}bn\.num_batches_tracked"
+        rf"|AuxLogits\.(conv[01]\.(conv\.weight|{_BATCH_NORM})|fc\.(weight|bias))"
+    ),
+}
 OLD_ATTENTION = {  # diffusers modeling_utils.py, _convert_deprecated_attention_blocks
     "query": "to_q",
     "key": "to_k",
@@ -46,7 +53,8 @@ def with_known_names(
     Returns:
       The state dict to convert, and the names of what it leaves out because only training uses it.
 
-    Source: REPA utils.py, load_legacy_checkpoints; diffusers modeling_utils.py.
+    Source: REPA utils.py, load_legacy_checkpoints; diffusers modeling_utils.py; torchvision
+      inception.py.
     """
     unused = TRAINING_ONLY.get(kind)
     dropped = {name: None for name in state if unused and unused.fullmatch(name)}

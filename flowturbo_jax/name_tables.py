@@ -3,7 +3,8 @@
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from flowturbo_jax.models import SiTConfig, VAEConfig
+from flowturbo_jax.models import InceptionConfig, SiTConfig, VAEConfig
+from flowturbo_jax.models.inception_blocks import convolutions
 
 
 class Entry(NamedTuple):
@@ -101,4 +102,20 @@ def _residual(official: str, ours: str, shortcut: bool) -> list[Entry]:
     return entries
 
 
-NAME_TABLES: dict[str, Callable[[Any], list[Entry]]] = {"sit": sit, "vae": vae}
+def inception(config: InceptionConfig) -> list[Entry]:
+    """FID's Inception v3. Source: pytorch-fid inception.py, torchvision inception.py."""
+    entries = _layer("fc", "fc", "linear")
+    for ours in convolutions():
+        official = ours.replace("/", ".")
+        entries.append(Entry(f"{official}.conv.weight", f"{ours}/kernel", "conv"))
+        entries += _norm(f"{official}.bn", ours)
+        entries.append(Entry(f"{official}.bn.running_mean", f"{ours}/mean"))
+        entries.append(Entry(f"{official}.bn.running_var", f"{ours}/var"))
+    return entries
+
+
+NAME_TABLES: dict[str, Callable[[Any], list[Entry]]] = {
+    "sit": sit,
+    "vae": vae,
+    "inception": inception,
+}

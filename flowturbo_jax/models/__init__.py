@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 from flax import linen as nn
 
 from flowturbo_jax.interfaces import InputError
+from flowturbo_jax.models.inception import Inception, InceptionConfig
 from flowturbo_jax.models.refiner import Refiner
 from flowturbo_jax.models.sit import SiT, SiTConfig
 from flowturbo_jax.models.vae import VAE, VAEConfig
@@ -14,6 +15,8 @@ __all__ = [
     "NETWORKS",
     "VAE",
     "Family",
+    "Inception",
+    "InceptionConfig",
     "Refiner",
     "SiT",
     "SiTConfig",
@@ -44,7 +47,8 @@ class Family(NamedTuple):
 
 
 FAMILIES = {"sit": Family(SiTConfig, SiT)}
-NETWORKS = {"sit": SiT, "vae": VAE}  # every kind of network that weights are converted for
+# Every kind of network that weights are converted for.
+NETWORKS = {"sit": SiT, "vae": VAE, "inception": Inception}
 
 
 def family(name: str) -> Family:
