@@ -140,7 +140,11 @@ def test_pixel_features_are_the_pixels_in_float64(digits):
     assert (features.shape, features.dtype) == ((20, 64), np.float64)
     # Half a byte is 1/255 of the range -1 .. 1.
     np.testing.assert_allclose(features.reshape(images[:20].shape), images[:20], atol=1.001 / 255)
-    np.testing.assert_array_equal(metrics.PIXELS.extract(stored), features)
+    extracted = metrics.PIXELS.extract(stored)
+    np.testing.assert_array_equal(extracted.pooled, features)
+    assert (extracted.spatial, metrics.PIXELS.probabilities, metrics.PIXELS.dimensions) == (
+        None,
+    ) * 3
     assert "pixels" in metrics.PIXELS.name
     assert len(metrics.PIXELS.fingerprint) == 64
 
@@ -215,3 +219,61 @@ def test_judge_refuses_what_is_no_digit(judge, images, message):
 def test_judge_needs_one_label_per_image(judge, digits, count):
     with pytest.raises(InputError, match="one label"):
         judge.accuracy(digits[0][:2], digits[1][:count])
+
+
+def test_judge_features_are_its_decisions_between_pairs_of_digits(judge, digits):
+    images, _ = digits
+    features = judge.features.extract(to_uint8(images))
+    assert (features.pooled.shape, features.pooled.dtype) == ((len(images), 45), np.float64)
+    assert features.spatial is None
+    assert judge.features.dimensions == 45
+    pairs = [(a, b) for a in range(10) for b in range(a + 1, 10)]
+    won = [np.where(features.pooled[:, i] > 0, a, b) for i, (a, b) in enumerate(pairs)]
+    votes = np.stack([np.sum(np.stack(won) == digit, axis=0) for digit in range(10)], axis=1)
+    # The digit that wins most pairs is the one read; the lowest, of several that win as many.
+    np.testing.assert_array_equal(votes.argmax(axis=1), judge.predict(images))
+
+
+def test_judge_probabilities_favour_the_digit_shown(judge, digits):
+    images, labels = digits
+    probabilities = judge.features.probabilities(judge.features.extract(to_uint8(images)).pooled)
+    assert (probabilities.shape, probabilities.dtype) == ((len(images), 10), np.float64)
+    np.testing.assert_allclose(probabilities.sum(axis=1), 1, rtol=1e-12)
+    assert np.mean(probabilities.argmax(axis=1) == labels) > 0.98
+    # Sure of nearly every digit, and all digits as frequent: near 10, the number of classes.
+    assert 9 < metrics.inception_score_of_probabilities(probabilities) <= 10
+
+
+def test_judge_features_tell_noise_from_digits(judge, digits):
+    images = to_uint8(digits[0])
+    noise = np.random.default_rng(0).integers(0, 256, images[1::2].shape, np.uint8)
+    even, odd, other = (
+        judge.features.extract(part).pooled for part in (images[::2], images[1::2], noise)
+    )
+    assert 10 * distance(even, odd) < distance(even, other)
+
+
+def test_judge_features_have_a_fingerprint_of_their_own(judge):
+    again = metrics.DigitsClassifier().features
+    assert again.fingerprint == judge.features.fingerprint != judge.fingerprint
+    assert judge.features.name == "digits classifier"
+
+
+@pytest.mark.parametrize("shape", [(2, 8, 8, 3), (0, 8, 8, 1), (2, 16, 16, 1)])
+def test_judge_features_refuse_what_is_no_digit(judge, shape):
+    with pytest.raises(InputError, match="digits are images"):
+        judge.features.extract(np.zeros(shape, np.uint8))
+
+
+def test_statistics_files_hold_what_statistics_measures(golden_features):
+    folder = FIXTURES.parent / "golden" / "metrics"
+    with np.load(folder / "stats_ref.npz") as real, np.load(folder / "stats_sample.npz") as made:
+        np.testing.assert_array_equal(made["activations"], golden_features["d16_b"])
+        for stored, name in ((real, "d16_a"), (made, "d16_b")):
+            ours = metrics.statistics(golden_features[name])
+            # Theirs are a float32 mean and a float64 covariance.
+            np.testing.assert_allclose(ours.mean, stored["mu"], rtol=1e-6)
+            np.testing.assert_allclose(ours.covariance, stored["sigma"], atol=1e-6)
+        found = metrics.frechet_distance(real["mu"], real["sigma"], made["mu"], made["sigma"])
+    wanted = json.loads((folder / "metrics.json").read_text())["d16_fid"]
+    assert found == pytest.approx(wanted["reference"], abs=2e-6)

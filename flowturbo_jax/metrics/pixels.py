@@ -1,29 +1,13 @@
-"""Feature networks, and the simplest of them: the pixels themselves."""
+"""The simplest features: the pixels themselves."""
 
 import hashlib
-from collections.abc import Callable
-from typing import NamedTuple
 
 import jax
 import numpy as np
 from einops import rearrange
 from jaxtyping import Float64
 
-from flowturbo_jax.interfaces import InputError
-
-
-class FeatureNetwork(NamedTuple):
-    """What turns images into features, with what a protocol card must say about it.
-
-    Attributes:
-      name: what a card calls it.
-      fingerprint: sha256 of what defines it, in hexadecimal.
-      extract: `(images [N, H, W, C] uint8) -> features [N, D]`.
-    """
-
-    name: str
-    fingerprint: str
-    extract: Callable[[jax.Array | np.ndarray], np.ndarray]
+from flowturbo_jax.metrics.network import FeatureNetwork, Features, byte_images
 
 
 def pixel_features(images: jax.Array | np.ndarray) -> Float64[np.ndarray, "n d"]:
@@ -43,17 +27,15 @@ def pixel_features(images: jax.Array | np.ndarray) -> Float64[np.ndarray, "n d"]
     Raises:
       InputError: the images are not such an array.
     """
-    images = np.asarray(images)
-    if images.ndim != 4 or images.dtype != np.uint8:
-        raise InputError(
-            f"features are taken from [N, H, W, C] uint8 images, got {images.shape} "
-            f"{images.dtype}: convert pixels in [-1, 1] with to_uint8."
-        )
-    return rearrange(images, "n h w c -> n (h w c)") / 127.5 - 1.0
+    return rearrange(byte_images(images), "n h w c -> n (h w c)") / 127.5 - 1.0
+
+
+def _extract(images: jax.Array | np.ndarray) -> Features:
+    return Features(pixel_features(images))
 
 
 PIXELS = FeatureNetwork(
     name="pixels in [-1, 1]",
     fingerprint=hashlib.sha256(b"byte / 127.5 - 1, n h w c -> n (h w c)").hexdigest(),
-    extract=pixel_features,
+    extract=_extract,
 )

@@ -126,7 +126,7 @@ def digits_reference() -> Reference:
     return Reference(
         (source.name, source.fingerprint),
         PIXELS,
-        statistics(PIXELS.extract(real)),
+        statistics(PIXELS.extract(real).pooled),
         DigitsClassifier(),
     )
 
@@ -151,7 +151,7 @@ def score(generated: Generated, reference: Reference) -> dict[str, float]:
     Raises:
       InputError: the images are of another shape than the reference's.
     """
-    features = reference.features.extract(generated.images)
+    features = reference.features.extract(generated.images).pooled
     if features.shape[1] != len(reference.statistics.mean):
         raise InputError(
             f"images of {generated.images.shape[1:]} have {features.shape[1]} features, the "
