@@ -9,7 +9,8 @@ from flowturbo_jax.interfaces import InputError
 COMMANDS = {
     "convert": "turn published weights into a model directory; describe or export one",
     "encode": "turn a data set of images into cached latents to train on; verify them",
-    "evaluate": "measure schedules of a model directory: quality, cost, mean and spread",
+    "evaluate": "measure schedules of a model directory, or compare measurements",
+    "statistics": "take the statistics of real images that evaluate compares with",
 }
 
 

@@ -31,7 +31,7 @@ def check_interval(interval: Any) -> tuple[float, float] | None:
     """An interval of flow time as two floats, or None where it is the whole of [0, 1].
 
     Args:
-      interval: two numbers, or None for all of the time.
+      interval: two numbers, text such as "0.1:0.8", or None for all of the time.
 
     Raises:
       InputError: they are no numbers that rise within [0, 1].
@@ -39,10 +39,11 @@ def check_interval(interval: Any) -> tuple[float, float] | None:
     if interval is None:
         return None
     try:
-        low, high = (float(end) for end in interval)
+        ends = interval.split(":") if isinstance(interval, str) else interval
+        low, high = (float(end) for end in ends)
     except (TypeError, ValueError) as error:
         raise InputError(
-            f"guidance_interval is {interval!r}; it must be two flow times, such as (0.1, 0.8)"
+            f"guidance_interval is {interval!r}; it must be two flow times, such as 0.1:0.8"
         ) from error
     if not 0 <= low < high <= 1:
         raise InputError(

@@ -183,6 +183,31 @@ def save_png(
         unfinished.unlink(missing_ok=True)
 
 
+def save_npz(path: str | os.PathLike[str], images: np.ndarray) -> None:
+    """Writes images as ADM's evaluator reads them, whole or not at all.
+
+    Args:
+      path: ends in `.npz`; missing parent directories are created.
+      images: `[N, H, W, C]` uint8, which may lie on disk; stored as `arr_0`.
+
+    Raises:
+      InputError: the path does not end in .npz, or the file cannot be written.
+    """
+    path = Path(path)
+    if path.suffix != ".npz":
+        raise InputError(f"arrays are written as .npz: end the name so, got {path.name!r}.")
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with unfinished.open("wb") as file:
+            np.savez(file, arr_0=images)
+        os.replace(unfinished, path)
+    except OSError as error:
+        raise InputError(f"cannot write {path}: {error.strerror}; choose another place") from error
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
 def _text_widths(
     lines: Sequence[str],
     title: "PIL.ImageFont.FreeTypeFont",

@@ -255,6 +255,11 @@ def total_devices() -> int:
     return jax.device_count()
 
 
+def local_devices() -> int:
+    """How many devices this process has."""
+    return jax.local_device_count()
+
+
 def device_kind() -> str:
     """What the maker calls the devices, such as "NVIDIA H200"."""
     return jax.local_devices()[0].device_kind

@@ -2,8 +2,9 @@
 
 import dataclasses
 
-from flowturbo_jax.guidance import MODES
+from flowturbo_jax.guidance import MODES, check_interval
 from flowturbo_jax.interfaces import InputError
+from flowturbo_jax.model_description import PRESET_NAMES
 from flowturbo_jax.model_directory import network_dtype
 from flowturbo_jax.recipe import Recipe
 from flowturbo_jax.schedule import Schedule
@@ -15,7 +16,7 @@ class SampleConfig(Recipe):
 
     Attributes:
       model_dir: model directory, or the name of a shipped model.
-      schedule: which block makes each step.
+      schedule: which block makes each step, or what `tune` found: "fast", "balanced" or "best".
       baseline: a second schedule to sample the same noise with and compare; "" for none.
       seed: image i is image i of this seed.
       samples: how many images each schedule makes.
@@ -24,6 +25,7 @@ class SampleConfig(Recipe):
       batch_size: images per call.
       guidance: "paired", "official" or "none"; "" for the model's default.
       guidance_scale: the model's default if not set.
+      guidance_interval: first and last flow time of guidance, such as 0.1:0.8; "" for all.
       labels: the classes to sample in turn, numbers or names with commas between; "" for all.
       data: real data to compare the samples with ("digits"); "" for no scores.
       dtype: of the networks' matrix products.
@@ -40,6 +42,7 @@ class SampleConfig(Recipe):
     batch_size: int = 250
     guidance: str = ""
     guidance_scale: float | None = None
+    guidance_interval: str = ""
     labels: str = ""
     data: str = ""
     dtype: str = "float32"
@@ -54,8 +57,10 @@ class SampleConfig(Recipe):
         if self.data and self.samples < 2:
             raise InputError("scores need at least 2 samples; raise samples, or set data to ''")
         network_dtype(self.dtype)
+        check_interval(self.guidance_interval or None)
         for text in self.schedules:
-            Schedule.parse(text)
+            if text not in PRESET_NAMES:
+                Schedule.parse(text)
 
     @property
     def schedules(self) -> tuple[str, ...]:

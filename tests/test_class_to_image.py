@@ -122,8 +122,8 @@ def test_what_a_card_says_of_guidance_is_what_was_done(pipe):
     other = ft.ClassToImage(dataclasses.replace(model, description=quiet))
     assert other.plan("H1")[1:] == ("none", 1.0, None)
     assert other.plan("H1", guidance_scale=2)[1:] == ("paired", 2.0, None)
-    settings = {"seed": 0, "samples": 2, "batch_size": 2, "reference": None}
-    card = evaluation.protocol_card(other, "H1", guidance=None, guidance_scale=2, **settings)
+    settings = {"seed": 0, "samples": 2, "batch_size": 2, "judges": None}
+    card = evaluation.protocol_card(other, other.plan("H1", 2), **settings)
     assert (card["guidance"], card["guidance_scale"]) == ("paired", 2.0)
 
 

@@ -147,14 +147,14 @@ def test_evaluate_continues_its_file_and_prints_means(model, tmp_path, capsys):
     assert len(rows) == 4
     table = capsys.readouterr().out
     assert "±" in table
-    assert "| H1P1R1 | 3 | 2 |" in table
+    assert "| H1P1R1 | paired 1.5 | 3 | 2 |" in table
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["dance"], "unknown command 'dance'; known are convert, encode, evaluate"),
-        (["evaluate"], "arguments are required"),
+        (["evaluate"], "give a model directory and --out, or --compare"),
         (["evaluate", "nowhere", "--schedules=H1", "--out=x"], "no model directory"),
         (["evaluate", "digits", "--schedules=X", "--out=x"], "cannot be read"),
         (["evaluate", "digits", "--schedules=H1", "--out=x", "--seeds=a"], "--seeds is 'a'"),

@@ -6,7 +6,7 @@ import pytest
 
 import flowturbo_jax as ft
 from flowturbo_jax import model_directory, path
-from flowturbo_jax.pipelines import evaluation
+from flowturbo_jax.pipelines import evaluation, judging
 
 SAMPLES = 1000
 
@@ -17,17 +17,13 @@ def pipe():
 
 
 @pytest.fixture(scope="module")
-def reference():
-    return evaluation.digits_reference()
-
-
-@pytest.fixture(scope="module")
-def score(pipe, reference):
+def score(pipe):
     """Scores of a schedule, always on the same noise and labels."""
-    labels = evaluation.balanced_labels(SAMPLES, 10)
+    labels, judges = evaluation.labels_of(SAMPLES, 10), judging.digits_judges()
 
-    def measure(schedule: str, **settings) -> dict[str, float]:
-        return evaluation.score(evaluation.generate(pipe, labels, schedule, **settings), reference)
+    def measure(schedule: str) -> dict[str, float]:
+        made = evaluation.generate(pipe, labels, pipe.plan(schedule))
+        return judging.score(judging.judge(made.images, made.labels, judges), judges)
 
     return measure
 
@@ -59,7 +55,7 @@ def test_samples_show_the_digit_that_was_asked_for(score):
 
 
 def test_refined_samples_stay_near_the_exact_solution_of_the_same_noise(pipe):
-    labels = evaluation.balanced_labels(100, 10)
+    labels = evaluation.labels_of(100, 10)
     noise = path.sample_noise(
         jnp.zeros(100, jnp.uint32), jnp.arange(100, dtype=jnp.uint32), (8, 8, 1)
     )

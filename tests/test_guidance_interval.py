@@ -126,7 +126,19 @@ def test_a_grid_point_at_an_end_of_the_interval_is_inside():
 
 
 @pytest.mark.parametrize(
-    "interval", [(0.5,), 0.5, "ab", (0.5, 0.5), (0.6, 0.4), (-0.1, 1), (0, 1.1), (0, float("nan"))]
+    "interval",
+    [
+        (0.5,),
+        0.5,
+        "ab",
+        "0.5",
+        "0.1:x",
+        (0.5, 0.5),
+        (0.6, 0.4),
+        (-0.1, 1),
+        (0, 1.1),
+        (0, float("nan")),
+    ],
 )
 def test_an_interval_that_is_none_is_refused(interval):
     with pytest.raises(InputError, match="guidance_interval is"):
@@ -136,3 +148,4 @@ def test_an_interval_that_is_none_is_refused(interval):
 def test_all_of_the_time_is_no_interval():
     assert guidance.check_interval((0, 1)) is None
     assert guidance.check_interval([0.1, 0.8]) == (0.1, 0.8)
+    assert guidance.check_interval("0.1:0.8") == (0.1, 0.8)

@@ -13,10 +13,12 @@ from tqdm import tqdm
 from flowturbo_jax import images
 from flowturbo_jax.class_names import label_of
 from flowturbo_jax.interfaces import InputError
-from flowturbo_jax.pipelines import evaluation
+from flowturbo_jax.pipelines import evaluation, judging
 from flowturbo_jax.pipelines.class_to_image import ClassToImage
 from flowturbo_jax.sample_config import SampleConfig
 from flowturbo_jax.schedule import Schedule
+
+SCORES = ("frechet_distance", "label_accuracy")
 
 
 def sample(config: Mapping[str, Any] | ConfigDict) -> dict[str, Any]:
@@ -33,47 +35,45 @@ def sample(config: Mapping[str, Any] | ConfigDict) -> dict[str, Any]:
     """
     config = SampleConfig.create(config)
     pipe = ClassToImage.load(config.model_dir, config.dtype)
-    reference = evaluation.digits_reference() if config.data else None
-    if reference is not None:
-        evaluation.check_fits(pipe, reference)
+    judges = judging.digits_judges() if config.data else None
+    if judges is not None:
+        judging.check_fits(pipe.model.description.image_shape, judges)
     labels = _labels(pipe, config)
-    settings = {
-        "seed": config.seed,
-        "batch_size": config.batch_size,
-        "guidance": config.guidance or None,
-        "guidance_scale": config.guidance_scale,
-    }
+    asked = (config.guidance_scale, config.guidance or None, config.guidance_interval or None)
     for text in config.schedules:  # before the bar, so that a refusal stands alone
-        pipe.check(labels, text, config.guidance_scale, settings["guidance"])
+        pipe.check(labels, text, *asked)
+    settings = {"seed": config.seed, "batch_size": config.batch_size}
     sampling = "balanced" if not config.labels else f"in turn: {config.labels}"
     rows, panels = [], []
     with tqdm(total=len(labels) * len(config.schedules), unit="image") as bar:
         for text in config.schedules:
-            schedule = Schedule.parse(text)
-            bar.set_description(f"compiling {schedule}")
+            plan = pipe.plan(text, *asked)
+            name = str(plan.schedule)
+            bar.set_description(f"compiling {name}")
             made = evaluation.generate(
                 pipe,
                 labels,
-                schedule,
+                plan,
                 **settings,
-                on_batch=lambda count, name=str(schedule): _advance(bar, name, count),
+                on_batch=lambda count, name=name: _advance(bar, name, count),
             )
             results = {"ms_per_image": made.ms_per_image, "compile_seconds": made.compile_seconds}
-            if reference is not None:
-                scores = evaluation.score(made, reference)
+            if judges is not None:
+                found = judging.judge(made.images, made.labels, judges)
+                scores = judging.score(found, judges)
                 if config.labels:
                     del scores["frechet_distance"]  # of some classes, to all: it would say nothing
-                results |= scores
+                results |= {name: scores[name] for name in SCORES if name in scores}
             card = evaluation.protocol_card(
                 pipe,
-                schedule,
+                plan,
                 samples=len(labels),
-                reference=reference,
+                judges=judges,
                 label_sampling=sampling,
                 **settings,
             )
             rows.append({"card": card, "results": results})
-            panels.append((_title(schedule, made.ms_per_image), made.images[: config.shown]))
+            panels.append((_title(plan.schedule, made.ms_per_image), made.images[: config.shown]))
     return _write(config, rows, panels)
 
 
@@ -85,7 +85,7 @@ def _advance(bar: Any, name: str, count: int) -> None:
 def _labels(pipe: ClassToImage, config: SampleConfig) -> np.ndarray:
     description = pipe.model.description
     if not config.labels:
-        return evaluation.balanced_labels(config.samples, description.predictor.num_classes)
+        return evaluation.labels_of(config.samples, description.predictor.num_classes)
     wanted = [label_of(text.strip(), description.class_names) for text in config.labels.split(",")]
     return np.resize(np.array(wanted), config.samples)
 

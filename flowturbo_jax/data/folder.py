@@ -67,6 +67,40 @@ def open_folder(argument: str, image_size: int) -> DataSource:
     return DataSource(name, examples, shape, class_names, digest.hexdigest())
 
 
+def open_images(argument: str, image_size: int) -> DataSource:
+    """Opens all images below a folder, whatever their sub-folders, without labels.
+
+    This is what statistics are taken from; to train, open "folder:" with a sub-folder per class.
+
+    Args:
+      argument: the folder; what follows "images:" in a name.
+      image_size: side of the square that is cropped from the middle, by `pixels.centre_crop`; 0
+        takes the images as they are, which then must all have the size of the first.
+
+    Returns:
+      Images `[H, W, 3]`, label 0 all. The fingerprint is as that of `open_folder`.
+
+    Raises:
+      InputError: no such folder, it holds no images, the first cannot be read, or, when an example
+        is read, it has another size.
+    """
+    name, root = f"images:{argument}", os.fsencode(os.path.expanduser(argument))
+    if not root:
+        raise InputError("'images:' needs the name of a folder, such as images:samples.")
+    found = sorted(_images(root, b""))
+    if not found:
+        raise InputError(f"{_shown(root)} holds no images ({LISTED})")
+    digest = hashlib.sha256(f"images, centre crop {image_size}\0".encode())
+    digest.update(b"".join(b"%s\0%d\0" % pair for pair in found))
+    examples = FolderExamples(root, {b"": b"".join(file + b"\0" for file, _ in found)}, image_size)
+    try:
+        shape = examples[0]["data"].shape
+    except UnreadableError as error:
+        raise InputError(f"{examples.name(0)} cannot be read: {error}") from error
+    examples.shape = None if image_size else shape
+    return DataSource(name, examples, shape, ("image",), digest.hexdigest())
+
+
 class FolderExamples:
     """Image files by index; ImageNet's 1.3 million names take 42 MB.
 
@@ -74,8 +108,13 @@ class FolderExamples:
       root: the folder.
       files: for each sub-folder the files in it, by names relative to it, each ending in a zero
         byte.
-      image_size: side of the square that is cropped from each image.
+      image_size: side of the square that is cropped from each image; 0 to crop nothing.
+
+    Attributes:
+      shape: what every image must have as it is; None for any.
     """
+
+    shape: tuple[int, ...] | None = None
 
     def __init__(self, root: bytes, files: Mapping[bytes, bytes], image_size: int) -> None:
         self._root, self._folders, self._image_size = root, list(files), image_size
@@ -90,6 +129,11 @@ class FolderExamples:
     def __getitem__(self, index: int) -> Example:
         label, path = self._find(index)
         data = pixels.decode(_read(path), self._image_size)
+        if self.shape is not None and data.shape != self.shape:
+            raise InputError(
+                f"{_shown(path)} is {data.shape[1]} x {data.shape[0]}, but the first image is "
+                f"{self.shape[1]} x {self.shape[0]}; give an image size to crop all to"
+            )
         return {"data": data, "label": np.asarray(label, np.int32)}
 
     def name(self, index: int) -> str:

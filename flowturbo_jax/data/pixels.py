@@ -36,22 +36,24 @@ DAMAGE = (
 )
 
 
-def decode(content: bytes, image_size: int) -> Float32[np.ndarray, "size size 3"]:
+def decode(content: bytes, image_size: int) -> Float32[np.ndarray, "height width 3"]:
     """Decodes an image file into the pixels a model trains on.
 
         x = byte / 127.5 − 1
 
     Args:
       content: a whole JPEG, PNG, WebP, BMP or GIF file.
-      image_size: side of the square to crop, in pixels, >= 1.
+      image_size: side of the square to crop, in pixels; 0 for the image as it is.
 
     Returns:
-      `[image_size, image_size, 3]` float32, RGB pixels in [-1, 1].
+      `[image_size, image_size, 3]` float32, RGB pixels in [-1, 1]; `[H, W, 3]` uncropped.
 
     Raises:
       UnreadableError: it is no such file, damaged, or too large.
     """
-    return centre_crop(open_rgb(content), image_size).astype(np.float32) / 127.5 - 1.0
+    image = open_rgb(content)
+    cropped = centre_crop(image, image_size) if image_size else np.asarray(image)
+    return cropped.astype(np.float32) / 127.5 - 1.0
 
 
 def open_rgb(content: bytes) -> "PIL.Image.Image":

@@ -1,7 +1,7 @@
 """From labels to images: condition, noise, sampler and decoding as one compiled program."""
 
 import numbers
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from flowturbo_jax import model_directory, path
+from flowturbo_jax import model_directory, parallel, path
 from flowturbo_jax.class_names import label_of
 from flowturbo_jax.interfaces import ImageBytes, InputError, Latents
 from flowturbo_jax.model_directory import Model
@@ -137,6 +137,26 @@ class ClassToImage:
         labels = np.zeros(batch_size, np.int32)
         noise = (self._params, self._decoder, seeds, indices, labels)
         programs.sample_images.lower(*noise, *plan.arguments, **self._static(plan)).compile()
+
+    def on_all_devices(self, plan: Plan) -> Callable[[Any, Any, Any], tuple[Any, Any]]:
+        """The sampler over all devices of this process, for measurements.
+
+        Args:
+          plan: how to sample.
+
+        Returns:
+          `(seeds [B], indices [B], labels [B]) -> (images [B, H, W, C] uint8, finite [B] bool)`;
+          B has to split evenly over the devices.
+        """
+        static, (scale, interval) = self._static(plan), plan.arguments
+
+        def share(frozen: Any, batch: Any) -> Any:
+            params, decoder, scale, interval = frozen
+            return programs.generate(params, decoder, *batch, scale, interval, **static)
+
+        mapped = parallel.map_batch(share)
+        frozen = parallel.replicate((self._params, self._decoder, scale, interval))
+        return lambda seeds, indices, labels: mapped(frozen, (seeds, indices, labels))
 
     def _sample_images(self, seeds: Any, indices: Any, labels: Any, plan: Plan) -> ImageBytes:
         noise = (self._params, self._decoder, seeds, indices, labels)

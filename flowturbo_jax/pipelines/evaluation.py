@@ -1,28 +1,25 @@
 """How good and how fast a schedule is: many samples, their scores, and what exactly was done."""
 
 import importlib.metadata
-import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
-from flowturbo_jax import data, images
+from flowturbo_jax import images, parallel, stopping
+from flowturbo_jax.growing_arrays import GrowingArrays
 from flowturbo_jax.interfaces import InputError
-from flowturbo_jax.metrics import (
-    PIXELS,
-    DigitsClassifier,
-    FeatureNetwork,
-    Statistics,
-    frechet_distance,
-    statistics,
-)
+from flowturbo_jax.pipelines import judging
 from flowturbo_jax.pipelines.class_to_image import ClassToImage
-from flowturbo_jax.schedule import Schedule
+from flowturbo_jax.pipelines.judging import Judges
+from flowturbo_jax.pipelines.plan import Plan
 
 LIBRARIES = ("jax", "jaxlib", "flax", "numpy", "scikit-learn")
+LABEL_SAMPLINGS = ("balanced", "random")
+RANDOM_LABELS = 0x6C61  # keeps the stream of labels apart from others of the same seed
 
 
 class Generated(NamedTuple):
@@ -42,48 +39,44 @@ class Generated(NamedTuple):
     compile_seconds: float
 
 
-class Reference(NamedTuple):
-    """Real data to compare samples with.
+def labels_of(count: int, classes: int, sampling: str = "balanced", seed: int = 0) -> np.ndarray:
+    """The labels of a run's images, `[count]` int32; label i depends on i and the seed alone.
 
-    Attributes:
-      source: name and sha256 of the data.
-      features: the feature network.
-      statistics: of the real data's features.
-      classifier: judge of labels, fitted on the real data.
+    Args:
+      count: how many.
+      classes: of the model; without any, all labels are 0.
+      sampling: "balanced" for 0, 1, ..., classes - 1, 0, ... or "random" for uniform draws.
+      seed: of the draws.
+
+    Raises:
+      InputError: another sampling.
     """
-
-    source: tuple[str, str]
-    features: FeatureNetwork
-    statistics: Statistics
-    classifier: DigitsClassifier
-
-
-def balanced_labels(count: int, classes: int) -> np.ndarray:
-    """Labels 0, 1, ..., classes - 1, 0, ... `[count]` int32."""
-    return (np.arange(count) % max(classes, 1)).astype(np.int32)
+    if sampling not in LABEL_SAMPLINGS:
+        known = " or ".join(LABEL_SAMPLINGS)
+        raise InputError(f"labels are to be {sampling!r}; they can be {known}")
+    if sampling == "balanced":
+        return (np.arange(count) % max(classes, 1)).astype(np.int32)
+    draws = np.random.Generator(np.random.Philox(key=[seed, RANDOM_LABELS]))
+    return (draws.random(count) * max(classes, 1)).astype(np.int32)
 
 
 def generate(
     pipe: ClassToImage,
     labels: np.ndarray,
-    schedule: Schedule | str,
+    plan: Plan,
     *,
     seed: int = 0,
     batch_size: int = 250,
-    guidance: str | None = None,
-    guidance_scale: float | None = None,
     on_batch: Callable[[int], Any] = lambda done: None,
 ) -> Generated:
-    """Samples one image per label, in batches of one shape.
+    """Samples one image per label, in batches of one shape, on one device.
 
     Args:
       pipe: the model.
       labels: `[N]` int.
-      schedule: which block makes each step.
+      plan: how to sample, from `ClassToImage.plan`.
       seed: image i is image i of this seed, whatever the batch size.
       batch_size: images per call; the last batch is filled up and cut.
-      guidance: "paired", "official" or "none"; the model's default if None.
-      guidance_scale: the model's default if None.
       on_batch: called with the number of images a batch added, for a progress bar.
 
     Raises:
@@ -95,9 +88,10 @@ def generate(
         )
     batch_size = min(batch_size, len(labels))
     settings = {
-        "schedule": schedule,
-        "guidance": guidance,
-        "guidance_scale": guidance_scale,
+        "schedule": plan.schedule,
+        "guidance": plan.guidance,
+        "guidance_scale": plan.scale,
+        "guidance_interval": plan.interval,
     }
     begin = time.perf_counter()
     pipe.compile(batch_size, **settings)
@@ -118,84 +112,119 @@ def generate(
     )
 
 
-def digits_reference() -> Reference:
-    """All real digits, compared by pixels, and a classifier fitted on three quarters of them."""
-    source = data.open_source("digits")
-    pixels, _ = data.arrays(source)
-    real = np.asarray(images.to_uint8(pixels))  # through 8 bits, as the samples
-    return Reference(
-        (source.name, source.fingerprint),
-        PIXELS,
-        statistics(PIXELS.extract(real).pooled),
-        DigitsClassifier(),
-    )
+def measure(
+    pipe: ClassToImage,
+    plan: Plan,
+    judges: Judges,
+    card: Mapping[str, Any],
+    work: Path,
+    *,
+    png: Path | None = None,
+    npz: Path | None = None,
+    on_images: Callable[[int, int], Any] = max,
+) -> dict[str, float]:
+    """Samples on all devices of this process and scores; goes on where it was interrupted.
 
+    Features, not images, are kept, in files that grow batch by batch. Scores depend neither on the
+    batch size nor on interruptions; on the number of devices only as rounding does.
 
-def check_fits(pipe: ClassToImage, reference: Reference) -> None:
-    """Refuses a model whose images cannot be compared with the reference, before any is made.
+    Args:
+      pipe: the model.
+      plan: how to sample.
+      judges: what to judge the samples by.
+      card: of `protocol_card`: samples, seed, labels and batch size are read from it.
+      work: folder for what must outlive an interruption; removed at the end.
+      png: folder to write each image to, 000000.png, 000001.png, ...; None for none.
+      npz: file to write all images to, `arr_0` [N, H, W, C] uint8 as ADM's evaluator reads it.
+      on_images: told how many images are done, and of how many, first of those done before.
+
+    Returns:
+      `judging.score`, and `ms_per_image`: median over batches of the sampler's wall time per image,
+      in ms, without the first batch, which compiles; left out where there is no other.
 
     Raises:
-      InputError: the images are of another size.
+      InputError: an image is not finite, or something cannot be written; what was made is kept.
+      KeyboardInterrupt: SIGINT or SIGTERM asked to stop; what was made is kept.
     """
-    shape, features = pipe.model.description.image_shape, len(reference.statistics.mean)
-    if reference.features is PIXELS and math.prod(shape) != features:
+    shape, count, seed = pipe.model.description.image_shape, card["samples"], card["seed"]
+    columns = judging.row_columns(judges, shape)
+    if npz is not None:
+        columns["images"] = (np.uint8, shape)
+    rows = GrowingArrays(work, [dict(card), str(png)], columns)
+    classes = pipe.model.description.predictor.num_classes
+    labels = labels_of(count, classes, card["label_sampling"], seed)
+    devices = parallel.local_devices()
+    size = -(-min(card["batch_size"], count) // devices) * devices
+    sample, seeds, times = pipe.on_all_devices(plan), np.full(size, seed, np.uint32), []
+    on_images(rows.rows, count)
+    with stopping.requests() as stop:
+        while rows.rows < count:
+            if stop.is_set():
+                raise KeyboardInterrupt
+            first = rows.rows
+            indices = np.minimum(np.arange(first, first + size), count - 1)
+            new = min(size, count - first)
+            begin = time.perf_counter()
+            made, finite = jax.device_get(sample(seeds, indices.astype(np.uint32), labels[indices]))
+            times.append((time.perf_counter() - begin) / size)
+            _refuse_not_finite(finite[:new], first, seed)
+            made = made[:new]
+            if png is not None:
+                _write_pngs(png, first, made)
+            found = judging.judge(made, labels[first : first + new], judges)
+            rows.append(**found, **({} if npz is None else {"images": made}))
+            on_images(rows.rows, count)
+    scores = judging.score({name: rows.read(name) for name in columns}, judges)
+    if npz is not None:
+        images.save_npz(npz, rows.read("images"))
+    rows.remove()
+    return scores | ({"ms_per_image": float(np.median(times[1:])) * 1e3} if times[1:] else {})
+
+
+def _refuse_not_finite(finite: np.ndarray, first: int, seed: int) -> None:
+    if not finite.all():
+        index = first + int(np.flatnonzero(~finite)[0])
         raise InputError(
-            f"the model makes images of {list(shape)}, which cannot be compared with the "
-            f"{reference.source[0]}; sample without scores: --config.data= --config.baseline="
+            f"image {index} of seed {seed} is not finite: the sampler diverged; look at "
+            "the weights, the guidance scale and the dtype"
         )
 
 
-def score(generated: Generated, reference: Reference) -> dict[str, float]:
-    """Fréchet distance to the reference, and how often the classifier sees the label asked for.
-
-    Raises:
-      InputError: the images are of another shape than the reference's.
-    """
-    features = reference.features.extract(generated.images).pooled
-    if features.shape[1] != len(reference.statistics.mean):
+def _write_pngs(folder: Path, first: int, made: np.ndarray) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        colour = made if made.shape[-1] == 3 else np.repeat(made[..., :1], 3, axis=-1)
+        for offset, image in enumerate(colour):
+            images.save_png(folder / f"{first + offset:06d}.png", image)
+    except OSError as error:
         raise InputError(
-            f"images of {generated.images.shape[1:]} have {features.shape[1]} features, the "
-            f"reference {reference.source[0]} has {len(reference.statistics.mean)}"
-        )
-    found = statistics(features)
-    real = reference.statistics
-    return {
-        "frechet_distance": frechet_distance(
-            found.mean, found.covariance, real.mean, real.covariance
-        ),
-        "label_accuracy": reference.classifier.accuracy(
-            images.from_uint8(generated.images), generated.labels
-        ),
-    }
+            f"cannot write images to {folder}: {error.strerror}; choose another --images"
+        ) from error
 
 
 def protocol_card(
     pipe: ClassToImage,
-    schedule: Schedule | str,
+    plan: Plan,
     *,
     seed: int,
     samples: int,
     batch_size: int,
-    guidance: str | None,
-    guidance_scale: float | None,
-    reference: Reference | None,
+    judges: Judges | None,
     label_sampling: str = "balanced",
 ) -> dict[str, Any]:
     """Everything a reader must know to repeat a measurement, and nothing measured.
 
     Args:
       pipe: the model.
-      schedule: which block makes each step.
+      plan: how it is sampled.
       seed: of the noise.
       samples: number of images.
       batch_size: images per call.
-      guidance: None for the model's default, which is then named.
-      guidance_scale: likewise.
-      reference: what the samples are compared with, if anything.
+      judges: what the samples are judged by, if anything.
       label_sampling: how the labels were chosen.
     """
     description = pipe.model.description
-    schedule, mode, scale, _ = pipe.plan(schedule, guidance_scale, guidance)
+    schedule, mode, scale, interval = plan
     card = {
         "schedule": str(schedule),
         "steps": schedule.steps,
@@ -203,6 +232,7 @@ def protocol_card(
         "refiner_evaluations": schedule.refiner_evaluations,
         "guidance": mode,
         "guidance_scale": float(scale),
+        "guidance_interval": None if interval is None else [float(end) for end in interval],
         "guided_channels": description.guided_channels if mode == "official" else None,
         "dtype": np.dtype(pipe.model.predictor.dtype).name,
         "seed": seed,
@@ -212,17 +242,11 @@ def protocol_card(
         "predictor_sha256": pipe.model.fingerprints["predictor"],
         "refiner_sha256": pipe.model.fingerprints["refiner"],
         "device": jax.devices()[0].device_kind,
+        "devices": parallel.total_devices(),
         "versions": {name: importlib.metadata.version(name) for name in LIBRARIES},
     }
     if description.vae is not None:
         card["vae_sha256"] = pipe.model.fingerprints["vae"]
-    if reference is not None:
-        card |= {
-            "feature_network": reference.features.name,
-            "feature_network_sha256": reference.features.fingerprint,
-            "reference": reference.source[0],
-            "reference_sha256": reference.source[1],
-            "label_classifier_sha256": reference.classifier.fingerprint,
-            "label_classifier_held_out_accuracy": reference.classifier.held_out_accuracy,
-        }
+    if judges is not None:
+        card |= judging.judges_card(judges, samples)
     return card

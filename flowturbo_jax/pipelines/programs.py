@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Bool
 
 from flowturbo_jax import guidance as guide
 from flowturbo_jax import images, path, sampler
@@ -102,8 +103,7 @@ def sample_latents(
     return sampler.sample(flow, noise, schedule)
 
 
-@partial(jax.jit, static_argnames=("networks", "schedule", "guidance"))
-def sample_images(
+def generate(
     params: Any,
     decoder_params: Any,
     seeds: jax.Array,
@@ -115,11 +115,21 @@ def sample_images(
     networks: Networks,
     schedule: Schedule,
     guidance: str,
-) -> ImageBytes:
-    """Images `[B, H, W, C]` uint8 from `(seed, index)` of each."""
+) -> tuple[ImageBytes, Bool[Array, " batch"]]:
+    """Images `[B, H, W, C]` uint8 from `(seed, index)` of each, and whether its latent is finite.
+
+    Bytes cannot say that a sampler diverged; not compiled by itself.
+    """
     noise = path.sample_noise(seeds, indices, networks.config.shape)
     flow = make_flow(networks, params, labels, scale, interval, guidance)
-    return _decode(networks, decoder_params, sampler.sample(flow, noise, schedule))
+    latents = sampler.sample(flow, noise, schedule)
+    return _decode(networks, decoder_params, latents), jnp.isfinite(latents).all(axis=(1, 2, 3))
+
+
+@partial(jax.jit, static_argnames=("networks", "schedule", "guidance"))
+def sample_images(*arguments: Any, **static: Any) -> ImageBytes:
+    """The images of `generate`, whose arguments it takes, as one compiled program."""
+    return generate(*arguments, **static)[0]
 
 
 @partial(jax.jit, static_argnames=("networks",))
