@@ -199,6 +199,18 @@ def test_features_of_an_image_do_not_depend_on_how_many_there_are(network, featu
     assert (none.pooled.shape, none.spatial.shape) == ((0, 2048), (0, 2023))
 
 
+def test_one_program_serves_any_number_of_images_of_a_size(network, features, images):
+    compiled = []
+    jax.monitoring.register_event_duration_secs_listener(
+        lambda event, duration, **_: compiled.append(event) if "backend_compile" in event else None
+    )
+    for count in (1, 4, 5):
+        network.extract(images[:count])
+    assert compiled == []
+    network.extract(images[:1, : SIDE // 2])
+    assert len(compiled) >= 1
+
+
 def test_grey_images_are_those_of_three_equal_channels(network, images):
     grey = images[:2, :, :, :1]
     single, triple = network.extract(grey), network.extract(grey.repeat(3, axis=3))
