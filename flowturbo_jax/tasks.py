@@ -166,6 +166,11 @@ def predictor_config_of(model: Mapping[str, Any]) -> tuple[Any, Any]:
     """
     fields = dict(model)
     kind = family(fields.pop("family", None))
+    if kind.fitted:
+        raise InputError(
+            f"config key model: the family {model['family']!r} is fitted, not trained; give its "
+            "model directory as model_dir, and train a refiner for it"
+        )
     size = fields.pop("size", None)
     try:
         network_config = kind.config.named(size, **fields) if size else kind.config(**fields)

@@ -6,6 +6,7 @@ from flax import linen as nn
 
 from flowturbo_jax.interfaces import InputError
 from flowturbo_jax.models.inception import Inception, InceptionConfig
+from flowturbo_jax.models.mixture import Mixture, MixtureConfig
 from flowturbo_jax.models.refiner import Refiner
 from flowturbo_jax.models.sit import SiT, SiTConfig
 from flowturbo_jax.models.vae import VAE, VAEConfig
@@ -17,6 +18,8 @@ __all__ = [
     "Family",
     "Inception",
     "InceptionConfig",
+    "Mixture",
+    "MixtureConfig",
     "Refiner",
     "SiT",
     "SiTConfig",
@@ -29,13 +32,19 @@ class Family(NamedTuple):
     """One kind of network: how it is described, and how it is built.
 
     Attributes:
-      config: frozen dataclass of hyper-parameters with `shape`, `num_classes`, `null_label` and
-        `refiner()`, validated at construction.
+      config: frozen dataclass of hyper-parameters with `shape`, `num_classes`, `null_label`,
+        `size_name`, `refiner()` and `check_refiner()`, validated at construction.
       network: module class taking that config and options such as dtype.
+      refiner_config: dataclass of what `refiner()` gives.
+      refiner_network: module class taking that, with two inputs side by side.
+      fitted: the predictor's parameters are not trained by gradients.
     """
 
     config: type
     network: type[nn.Module]
+    refiner_config: type = SiTConfig
+    refiner_network: type[nn.Module] = SiT
+    fitted: bool = False
 
     def predictor(self, config: Any, **options: Any) -> nn.Module:
         """The predictor module `(x, t, condition) -> velocity`."""
@@ -43,10 +52,13 @@ class Family(NamedTuple):
 
     def refiner(self, config: Any, **options: Any) -> Refiner:
         """The refiner module `(x, v, t, condition) -> offset`."""
-        return Refiner(self.network(config, **options))
+        return Refiner(self.refiner_network(config, **options))
 
 
-FAMILIES = {"sit": Family(SiTConfig, SiT)}
+FAMILIES = {
+    "sit": Family(SiTConfig, SiT),
+    "mixture": Family(MixtureConfig, Mixture, fitted=True),
+}
 # Every kind of network that weights are converted for.
 NETWORKS = {"sit": SiT, "vae": VAE, "inception": Inception}
 
