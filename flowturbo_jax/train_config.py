@@ -40,7 +40,7 @@ class TrainConfig(Recipe):
 
     Attributes:
       objective: "flow_matching" trains a predictor, "refiner" a refiner of model_dir's predictor.
-      data: name of the data set: digits, folder:DIR, tfds:NAME or latents:DIR.
+      data: name of the data set: digits, folder:DIR, tfds:NAME, latents:DIR or mixture:DIR.
       image_size: side of the square images of a folder or a TFDS data set, in pixels; 0 for data
         that has its own.
       horizontal_flip: exchange left and right in half of the samples.

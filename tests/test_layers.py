@@ -51,6 +51,7 @@ LAYERS = (  # lowest first; patterns are relative to the package, but for the tw
             "cost.py",
             "class_names.py",
             "hub.py",
+            "mixtures.py",
         ),
         peers=ANY,
     ),

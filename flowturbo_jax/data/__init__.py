@@ -6,6 +6,7 @@ from flowturbo_jax.data.batches import READABLE, Batch, Unreadable, batches, ord
 from flowturbo_jax.data.digits import open_digits
 from flowturbo_jax.data.folder import open_folder
 from flowturbo_jax.data.latents import open_latents
+from flowturbo_jax.data.mixture import open_mixture
 from flowturbo_jax.data.source import (
     ArrayExamples,
     DataSource,
@@ -43,6 +44,7 @@ OPENERS: dict[str, Callable[[str, int], DataSource]] = {
     "digits": open_digits,
     "folder": open_folder,
     "latents": open_latents,
+    "mixture": open_mixture,
     "tfds": open_tfds,
 }
 
