@@ -13,7 +13,7 @@ import pytest
 from flowturbo_jax import data, model_directory, tasks
 from flowturbo_jax.class_names import imagenet_class_names, label_of
 from flowturbo_jax.model_description import Description
-from flowturbo_jax.models import SiTConfig, VAEConfig
+from flowturbo_jax.models import MixtureConfig, SiTConfig, VAEConfig
 from flowturbo_jax.pipelines import programs
 from flowturbo_jax.sample_config import SampleConfig
 from flowturbo_jax.schedule import Schedule
@@ -25,6 +25,7 @@ CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.py"))
 XL = SiTConfig.named("SiT-XL/2", input_size=32, in_channels=4, num_classes=1000)
 # FIELD.md's counted costs: 29.71 M, 130.5 M, 33.0 M.
 MILLIONS = {"sit_xl": 29.71, "sit_b": 130.5, "sit_s": 33.0}
+MILLIONS["mixture_refiner"] = 0.22  # the digits refiner's
 
 
 def expected_parameters(recipe: str) -> float:
@@ -60,6 +61,24 @@ def shallow_teacher(name: str, dtype: str) -> model_directory.Model:
     return model_directory.Model(description, module, params, None, None)
 
 
+def unfitted_mixture(name: str, dtype: str = "float32") -> model_directory.Model:
+    """A mixture of the digits' sizes."""
+    description = Description(
+        family="mixture",
+        predictor=MixtureConfig(input_size=8, in_channels=1, num_classes=10, components=2),
+        refiner=None,
+        class_names=tuple(map(str, range(10))),
+        guidance="paired",
+        guidance_scale=1.5,
+        guided_channels=None,
+        source={},
+    )
+    (module,) = model_directory.modules(description, dtype).values()
+    return model_directory.Model(
+        description, module, module.initialise(jax.random.key(0)), None, None
+    )
+
+
 def read(path: Path):
     spec = importlib.util.spec_from_file_location(path.stem, path)
     module = importlib.util.module_from_spec(spec)
@@ -77,6 +96,8 @@ def test_config_builds(path, monkeypatch):
             monkeypatch.setitem(data.OPENERS, "latents", imagenet_latents)
         if recipe.model_dir.startswith("models/"):
             monkeypatch.setattr(model_directory, "load", shallow_teacher)
+        if recipe.model_dir.startswith("runs/mixture"):  # fitted to the digits, and not here
+            monkeypatch.setattr(model_directory, "load", unfitted_mixture)
         source = data.open_source(recipe.data)
         task = tasks.make_task(recipe, source)
         params = model_directory.abstract_params(task.network)
