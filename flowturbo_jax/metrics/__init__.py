@@ -7,6 +7,7 @@ from flowturbo_jax.metrics.inception_score import inception_score, inception_sco
 from flowturbo_jax.metrics.manifold import PrecisionRecall, precision_recall
 from flowturbo_jax.metrics.network import FeatureNetwork, Features
 from flowturbo_jax.metrics.pixels import PIXELS, pixel_features
+from flowturbo_jax.metrics.reference import Reference, read_reference, write_reference
 
 __all__ = [
     "PIXELS",
@@ -15,6 +16,7 @@ __all__ = [
     "Features",
     "Moments",
     "PrecisionRecall",
+    "Reference",
     "Statistics",
     "frechet_distance",
     "inception_network",
@@ -22,5 +24,7 @@ __all__ = [
     "inception_score_of_probabilities",
     "pixel_features",
     "precision_recall",
+    "read_reference",
     "statistics",
+    "write_reference",
 ]
