@@ -10,6 +10,7 @@ COMMANDS = {
     "convert": "turn published weights into a model directory; describe or export one",
     "encode": "turn a data set of images into cached latents to train on; verify them",
     "evaluate": "measure schedules of a model directory, or compare measurements",
+    "stability": "measure how steady a model's velocity is, and where refining is safe",
     "statistics": "take the statistics of real images that evaluate compares with",
 }
 
