@@ -11,6 +11,7 @@ COMMANDS = {
     "encode": "turn a data set of images into cached latents to train on; verify them",
     "evaluate": "measure schedules of a model directory, or compare measurements",
     "stability": "measure how steady a model's velocity is, and where refining is safe",
+    "tune": "find the best schedules of a model on this device",
     "statistics": "take the statistics of real images that evaluate compares with",
 }
 

@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from flax import linen as nn
 
 from flowturbo_jax.checkpoint import load_params, remove_draft, save_params
 from flowturbo_jax.interfaces import InputError, Params
-from flowturbo_jax.model_description import Description
+from flowturbo_jax.model_description import Description, Preset
 from flowturbo_jax.models import VAE, family
 
 SHIPPED = Path(__file__).parent / "pretrained"
@@ -248,6 +249,29 @@ def save(
     finally:
         if draft is not None and draft.exists():
             remove_draft(draft)
+
+
+def write_schedules(directory: Path, schedules: Mapping[str, Preset]) -> None:
+    """Puts presets into the model.json of a model directory, in place of those there.
+
+    Args:
+      directory: of the model, as `resolve` gives it.
+      schedules: by name; see `model_description.PRESET_NAMES`.
+
+    Raises:
+      InputError: the model cannot do what a preset says, or model.json cannot be written.
+    """
+    text = dataclasses.replace(describe(directory), schedules=dict(schedules)).to_json()
+    draft = directory / f".model-{os.getpid()}.json"
+    try:
+        draft.write_text(text)
+        os.replace(draft, directory / "model.json")
+    except OSError as error:
+        draft.unlink(missing_ok=True)
+        raise InputError(
+            f"cannot write {directory / 'model.json'}: {error.strerror}; copy the model to a place "
+            "that can be written to"
+        ) from error
 
 
 def check_place(directory: Path) -> None:

@@ -29,9 +29,9 @@ def test_bfloat16_is_off_by_rounding(schedule):
 def test_parameters_lie_on_the_device_once_in_the_networks_dtype(tmp_path):
     directory = tiny.save_model(tmp_path / "model")
     pipe = ClassToImage.load(directory, dtype="bfloat16")
-    assert {leaf.dtype for leaf in jax.tree.leaves(pipe._params)} == {jnp.dtype(jnp.bfloat16)}
+    assert {leaf.dtype for leaf in jax.tree.leaves(pipe.params)} == {jnp.dtype(jnp.bfloat16)}
     full = ClassToImage.load(directory)
-    assert {leaf.dtype for leaf in jax.tree.leaves(full._params)} == {jnp.dtype(jnp.float32)}
+    assert {leaf.dtype for leaf in jax.tree.leaves(full.params)} == {jnp.dtype(jnp.float32)}
 
 
 def test_rounding_parameters_early_changes_no_bit(tmp_path):
@@ -41,6 +41,6 @@ def test_rounding_parameters_early_changes_no_bit(tmp_path):
     labels = jnp.array([1, 2])
     model = pipe.model
     rounded = pipe.sample_latents(noise, labels, schedule="H1P1R1")
-    pipe._params = jax.tree.map(jnp.asarray, (model.predictor_params, model.refiner_params))
+    pipe.params = jax.tree.map(jnp.asarray, (model.predictor_params, model.refiner_params))
     kept = pipe.sample_latents(noise, labels, schedule="H1P1R1")
     np.testing.assert_array_equal(rounded, kept)

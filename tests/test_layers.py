@@ -32,6 +32,7 @@ LAYERS = (  # lowest first; patterns are relative to the package, but for the tw
             "checkpoint.py",
             "run_checkpoints.py",
             "run_folder.py",
+            "growing_arrays.py",
             "plots.py",
             "stopping.py",
             "throughput.py",

@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 from flowturbo_jax.data.batches import READABLE, Batch, Unreadable, batches, order, stream
 from flowturbo_jax.data.digits import open_digits
-from flowturbo_jax.data.folder import open_folder
+from flowturbo_jax.data.folder import open_folder, open_images
 from flowturbo_jax.data.latents import open_latents
 from flowturbo_jax.data.mixture import open_mixture
 from flowturbo_jax.data.source import (
@@ -43,6 +43,7 @@ __all__ = [
 OPENERS: dict[str, Callable[[str, int], DataSource]] = {
     "digits": open_digits,
     "folder": open_folder,
+    "images": open_images,
     "latents": open_latents,
     "mixture": open_mixture,
     "tfds": open_tfds,

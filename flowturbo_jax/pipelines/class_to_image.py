@@ -31,12 +31,14 @@ class ClassToImage:
 
     Attributes:
       model: the loaded model.
+      params: the predictor's and the refiner's parameters (or None) on the device, in the dtype the
+        networks compute in.
     """
 
     def __init__(self, model: Model):
         self.model = model
         # Networks cast each kernel to their dtype before they use it: cast once, they are smaller.
-        self._params = jax.tree.map(
+        self.params = jax.tree.map(
             lambda a: jnp.asarray(a, model.predictor.dtype),
             (model.predictor_params, model.refiner_params),
         )
@@ -135,7 +137,7 @@ class ClassToImage:
         plan = self.plan(schedule, guidance_scale, guidance, guidance_interval)
         seeds, indices = seeds_and_indices(0, 0, batch_size)
         labels = np.zeros(batch_size, np.int32)
-        noise = (self._params, self._decoder, seeds, indices, labels)
+        noise = (self.params, self._decoder, seeds, indices, labels)
         programs.sample_images.lower(*noise, *plan.arguments, **self._static(plan)).compile()
 
     def on_all_devices(self, plan: Plan) -> Callable[[Any, Any, Any], tuple[Any, Any]]:
@@ -155,11 +157,11 @@ class ClassToImage:
             return programs.generate(params, decoder, *batch, scale, interval, **static)
 
         mapped = parallel.map_batch(share)
-        frozen = parallel.replicate((self._params, self._decoder, scale, interval))
+        frozen = parallel.replicate((self.params, self._decoder, scale, interval))
         return lambda seeds, indices, labels: mapped(frozen, (seeds, indices, labels))
 
     def _sample_images(self, seeds: Any, indices: Any, labels: Any, plan: Plan) -> ImageBytes:
-        noise = (self._params, self._decoder, seeds, indices, labels)
+        noise = (self.params, self._decoder, seeds, indices, labels)
         return programs.sample_images(*noise, *plan.arguments, **self._static(plan))
 
     def _static(self, plan: Plan) -> dict[str, Any]:
@@ -208,7 +210,7 @@ class ClassToImage:
         if len(labels) != len(noise):
             raise InputError(f"{len(labels)} labels for {len(noise)} noises; one each is needed")
         plan = self.plan(schedule, guidance_scale, guidance, guidance_interval)
-        start = (self._params, noise, labels)
+        start = (self.params, noise, labels)
         return programs.sample_latents(*start, *plan.arguments, **self._static(plan))
 
     def encode(self, images: ImageBytes | np.ndarray, seed: int | None = None) -> Latents:

@@ -1,0 +1,314 @@
+"""Finds the best schedules for a model on the device at hand, with no data set needed.
+
+  tune digits --out runs/tune_digits
+  tune models/sit-xl-2-256 --max-evaluations 12 --dtype bfloat16 --out runs/tune_xl --write
+
+Schedules are measured by their distance from a fine solution of the same flow from the same noise
+(Tsit5 with a tight tolerance), and by their time; what is near the front of both is varied in grid,
+rule, order, guidance mode and interval. The last few are compiled, timed, and with --metric also
+judged as evaluate does. OUT gets tune.json, tune.png and tune.svg; --write puts the schedules found
+into the model directory, as "fast", "balanced" and "best". Interrupted, the same command goes on.
+"""
+
+import argparse
+import contextlib
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from flowturbo_jax import model_directory, plots, run_folder
+from flowturbo_jax.commands.entry import LineParser, one_line
+from flowturbo_jax.commands.progress import images_done, say
+from flowturbo_jax.interfaces import InputError
+from flowturbo_jax.pipelines import evaluation, fronts, judging, tuning
+from flowturbo_jax.pipelines.candidates import Space
+from flowturbo_jax.pipelines.class_to_image import ClassToImage
+from flowturbo_jax.pipelines.fronts import Finalist, Screened
+from flowturbo_jax.pipelines.judging import Judges
+from flowturbo_jax.pipelines.tuning import Tuner
+
+LOWER = ("frechet_distance", "spatial_frechet_distance")
+HIGHER = ("inception_score", "precision", "recall", "label_accuracy")
+DEFAULTS = Space()
+
+
+def main(argv: Sequence[str]) -> None:
+    """Reads the command line, searches, and writes what was found."""
+    args = _parser().parse_args(argv[1:])
+    if args.metric is not None and args.metric not in LOWER + HIGHER:
+        raise InputError(f"--metric is {args.metric!r}; it can be {', '.join(LOWER + HIGHER)}")
+    if args.finalists < 2 or args.samples < 2:
+        raise InputError("--finalists and --samples must be at least 2")
+    pipe = ClassToImage.load(args.model_dir, args.dtype)
+    exact = pipe if args.dtype == "float32" else ClassToImage.load(args.model_dir, "float32")
+    space = tuning.space_for(pipe, _space(args))
+    baselines = [pipe.plan(text, guidance=space.modes[0]) for text in args.baselines.split(",")]
+    out = Path(args.out)
+    with run_folder.reserved(out), contextlib.ExitStack() as stack:
+        judges = None
+        if args.metric is not None:
+            shape = pipe.model.description.image_shape
+            judges = stack.enter_context(
+                judging.opened(args.features, args.reference, shape, out / "reference", say)
+            )
+            judging.check_fits(shape, judges)
+        with _progress() as show:
+            tuner = Tuner(
+                pipe,
+                exact,
+                out,
+                noises=args.noises,
+                seed=args.seed,
+                batch_size=args.batch_size,
+                latency_batch=args.latency_batch,
+                on_progress=show,
+            )
+            front = tuner.search(space, baselines[0])
+            chosen = [one.plan for one in fronts.thinned(front, args.finalists)]
+            plans = list(dict.fromkeys([*baselines, *chosen]))
+            measured = []
+            for number, plan in enumerate(plans):
+                found = tuner.finalist(plan)
+                measured.append(_judged(pipe, found, judges, args, out))
+                show("finalists", number + 1, len(plans))
+        finalists = {found.plan: found for found in measured}
+        recommended = fronts.recommend(
+            [finalists[plan] for plan in chosen], finalists[baselines[0]]
+        )
+        report = _report(pipe, args, space, measured, recommended, judges)
+        _write(out / "tune.json", report)
+        draw(out / "tune", tuner.screened, measured, recommended, args.metric)
+    print(table(measured, recommended, args.metric))
+    if "rank_correlation" in report:
+        print(f"rank correlation of error and {args.metric}: {report['rank_correlation']:.3f}")
+    if args.write:
+        presets = {name: fronts.preset(found.plan) for name, found in recommended.items()}
+        directory = model_directory.resolve(args.model_dir)
+        model_directory.write_schedules(directory, presets)
+        print(f"wrote {', '.join(presets)} into {one_line(str(directory / 'model.json'))}")
+    print(f"wrote {one_line(str(out / 'tune.json'))}, tune.png and tune.svg")
+
+
+def _parser() -> LineParser:
+    parser = LineParser(prog="python -m flowturbo_jax tune", description=__doc__)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    add = parser.add_argument
+    add("model_dir", help="model directory, or the name of a shipped model")
+    add("--out", required=True, help="folder of the results, continued if it exists")
+    add("--max-evaluations", type=int, default=DEFAULTS.max_evaluations, help="at most (12)")
+    add("--max-refiner-steps", type=int, default=DEFAULTS.max_refiner_steps, help="at most (4)")
+    add("--modes", default=",".join(DEFAULTS.modes), help="guidance modes (paired,official)")
+    add("--rules", default=",".join(DEFAULTS.refiner_rules), help="refiner rules (R,Rc)")
+    shifts = ",".join(f"{shift:g}" for shift in DEFAULTS.shifts)
+    add("--shifts", default=shifts, help=f"of the time grid, beside 1 ({shifts})")
+    intervals = ",".join(DEFAULTS.intervals)
+    add("--intervals", default=intervals, help=f"of guidance, beside all ({intervals})")
+    add("--one-order", action="store_true", help="try no other order than H, P, R")
+    add("--noises", type=int, default=128, help="of the finalists' errors (128)")
+    add("--finalists", type=int, default=10, help="to compile and time (10)")
+    add("--baselines", default="H8,H4", help="to compare with, the first to be reached (H8,H4)")
+    add("--metric", help=f"also judge finalists by: {', '.join(LOWER + HIGHER)}")
+    add("--samples", type=int, default=5000, help="of the metric (5000)")
+    add("--features", help="of the metric, as in evaluate")
+    add("--reference", help="of the metric, as in evaluate")
+    add("--seed", type=int, default=0, help="of the noises (0)")
+    add("--batch-size", type=int, default=64, help="noises at once (64)")
+    add("--latency-batch", type=int, default=8, help="images of a timed call (8)")
+    add("--dtype", default="float32", help="float32 or bfloat16 (float32)")
+    add("--write", action="store_true", help="put the schedules found into the model directory")
+    return parser
+
+
+def _space(args: argparse.Namespace) -> Space:
+    def words(text: str) -> tuple[str, ...]:
+        return tuple(word.strip() for word in text.split(",") if word.strip())
+
+    try:
+        shifts = tuple(float(shift) for shift in words(args.shifts))
+    except ValueError as error:
+        raise InputError(f"--shifts is {args.shifts!r}; give numbers such as 0.5,2") from error
+    return Space(
+        max_evaluations=args.max_evaluations,
+        max_refiner_steps=args.max_refiner_steps,
+        modes=words(args.modes),
+        refiner_rules=words(args.rules),
+        shifts=shifts,
+        intervals=words(args.intervals),
+        orders=not args.one_order,
+    )
+
+
+@contextlib.contextmanager
+def _progress() -> Iterator[Any]:
+    """A bar for each piece of work, one after another."""
+    with contextlib.ExitStack() as stack:
+        current: dict[str, Any] = {}
+
+        def show(what: str, done: int, total: int) -> None:
+            if what not in current:
+                stack.close()
+                current.clear()
+                current[what] = stack.enter_context(images_done(what, unit="step"))
+            current[what](done, total)
+
+        yield show
+
+
+def _judged(
+    pipe: ClassToImage, found: Finalist, judges: Judges | None, args: argparse.Namespace, out: Path
+) -> Finalist:
+    """A finalist with the scores of `evaluate`, read where they were measured before."""
+    if judges is None:
+        return found
+    card = evaluation.protocol_card(
+        pipe, found.plan, seed=args.seed, samples=args.samples, batch_size=250, judges=judges
+    )
+    key = hashlib.sha256(json.dumps(card, sort_keys=True).encode()).hexdigest()[:16]
+    file = out / "scores" / f"{key}.json"
+    try:
+        scores = json.loads(file.read_text())
+    except (OSError, ValueError):
+        scores = evaluation.measure(pipe, found.plan, judges, card, out / "scores" / key)
+        _write(file, scores)
+    if args.metric not in scores:
+        raise InputError(
+            f"--metric {args.metric} cannot be had from these features and this reference; there "
+            f"are {', '.join(scores)}"
+        )
+    value = scores[args.metric]
+    return found._replace(scores=scores, badness=value if args.metric in LOWER else 1 / value)
+
+
+def _report(
+    pipe: ClassToImage,
+    args: argparse.Namespace,
+    space: Space,
+    measured: Sequence[Finalist],
+    recommended: dict[str, Finalist],
+    judges: Judges | None,
+) -> dict[str, Any]:
+    """The contents of tune.json."""
+    best = recommended["best"].plan
+    card = evaluation.protocol_card(
+        pipe,
+        best,
+        seed=args.seed,
+        samples=args.noises,
+        batch_size=args.latency_batch,
+        judges=judges,
+    )
+    for key in ("schedule", "steps", "predictor_evaluations", "refiner_evaluations"):
+        del card[key]  # of one plan, as are these:
+    for key in ("guidance", "guidance_interval", "guided_channels"):
+        del card[key]
+    if judges is not None:
+        card["metric_samples"] = args.samples
+    report: dict[str, Any] = {
+        "card": card,
+        "space": vars(space),
+        "recommended": {name: _row(found) for name, found in recommended.items()},
+        "finalists": [_row(found) for found in measured],
+    }
+    if args.metric is not None and len(measured) > 2:
+        report["rank_correlation"] = fronts.rank_correlation(measured)
+    return report
+
+
+def _row(found: Finalist) -> dict[str, Any]:
+    plan = found.plan
+    return {
+        "schedule": str(plan.schedule),
+        "guidance": plan.guidance,
+        "guidance_scale": float(plan.scale),
+        "guidance_interval": plan.interval,
+        "predictor_evaluations": plan.schedule.predictor_evaluations,
+        "refiner_evaluations": plan.schedule.refiner_evaluations,
+        "ms_per_image": found.ms_per_image,
+        "error": found.error,
+        **found.scores,
+    }
+
+
+def _write(path: Path, content: Any) -> None:
+    draft = path.with_name(f".{path.name}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        draft.write_text(json.dumps(content, indent=1) + "\n")
+        os.replace(draft, path)
+    except OSError as error:
+        raise InputError(f"cannot write {path}: {error.strerror}; choose another --out") from error
+
+
+def table(
+    measured: Sequence[Finalist], recommended: dict[str, Finalist], metric: str | None
+) -> str:
+    """What was measured at last, fastest first, as a Markdown table."""
+    names: dict[Any, list[str]] = {}
+    for name, found in recommended.items():
+        names.setdefault(found.plan, []).append(name)
+    heading = ["schedule", "guidance", "evaluations", "+ refiner", "ms/image", "error"]
+    heading += [metric] if metric else []
+    lines = [[*heading, ""], ["---"] * (len(heading) + 1)]
+    for found in sorted(measured, key=lambda found: found.ms_per_image):
+        schedule, guidance = found.plan.schedule, fronts.described(found.plan).partition(" ")[2]
+        cells = [str(schedule), guidance]
+        cells += [str(schedule.predictor_evaluations), str(schedule.refiner_evaluations)]
+        cells += [f"{found.ms_per_image:.3f}", f"{found.error:.4f}"]
+        cells += [f"{found.scores[metric]:.4f}"] if metric else []
+        lines.append([*cells, ", ".join(names.get(found.plan, []))])
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+
+
+def draw(
+    stem: Path,
+    screened: Sequence[Screened],
+    measured: Sequence[Finalist],
+    recommended: dict[str, Finalist],
+    metric: str | None,
+) -> None:
+    """Draws error (and metric) over time, as STEM.png and STEM.svg."""
+    with plots.style():
+        figure, axes = plots.panels(2 if metric else 1)
+        values = [("distance from the fine solution", lambda found: found.error)]
+        if metric:
+            values.append((metric.replace("_", " "), lambda found: found.scores[metric]))
+        chosen = {found.plan for found in recommended.values()}
+        for panel, (label, value) in zip(axes, values, strict=True):
+            if label == values[0][0]:
+                ms = [1e3 * one.cost for one in screened]
+                errors = [one.error for one in screened]
+                panel.plot(ms, errors, ".", color=plots.QUIET_INK, alpha=0.35, label="screened")
+            for group, colour, mark, name in (
+                ([f for f in measured if f.plan not in chosen], plots.BLUE, "o", "measured"),
+                (list(recommended.values()), plots.VERMILION, "D", "recommended"),
+            ):
+                panel.plot(
+                    [found.ms_per_image for found in group],
+                    [value(found) for found in group],
+                    mark,
+                    color=colour,
+                    label=name,
+                )
+            named: dict[Any, list[str]] = {}
+            for name, found in recommended.items():
+                named.setdefault(found.plan, []).append(name)
+            for found in measured:
+                names = named.get(found.plan)
+                text = str(found.plan.schedule)
+                panel.annotate(
+                    f"{', '.join(names)}: {text}" if names else text,
+                    (found.ms_per_image, value(found)),
+                    xytext=(4, 4),
+                    textcoords="offset points",
+                    fontsize=6.5,
+                    color=plots.INK,
+                )
+            panel.set_xscale("log")
+            panel.set_yscale("log")
+            panel.set_xlabel("ms per image, compiled")
+            panel.set_ylabel(label)
+        axes[0].legend()
+        plots.save(figure, stem)

@@ -1,0 +1,90 @@
+"""The space that `tune` searches: where it starts, and what it tries beside a schedule."""
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from itertools import permutations
+
+from flowturbo_jax.guidance import check_interval
+from flowturbo_jax.interfaces import InputError
+from flowturbo_jax.pipelines.plan import Plan
+from flowturbo_jax.schedule import Run, Schedule
+
+REFINERS = ("R", "Rc")
+
+
+@dataclasses.dataclass(frozen=True)
+class Space:
+    """What may be tried, validated at construction.
+
+    Attributes:
+      max_evaluations: predictor evaluations of a sample, at most.
+      max_refiner_steps: R steps, at most; 0 without a refiner.
+      modes: guidance modes; the first is where the search starts.
+      refiner_rules: "R" (the official sampler's rule), "Rc" (the chained one) or both.
+      shifts: of the time grid, beside 1.
+      intervals: of guidance, text such as "0.1:1", beside all of the time.
+      orders: whether to try other orders than H, P, R.
+    """
+
+    max_evaluations: int = 12
+    max_refiner_steps: int = 4
+    modes: tuple[str, ...] = ("paired", "official")
+    refiner_rules: tuple[str, ...] = REFINERS
+    shifts: tuple[float, ...] = (0.35, 0.5, 0.71, 1.41, 2.0)
+    intervals: tuple[str, ...] = ("0:0.8", "0.1:1", "0.2:1")
+    orders: bool = True
+
+    def __post_init__(self):
+        if not 2 <= self.max_evaluations <= 100:
+            raise InputError(f"max_evaluations is {self.max_evaluations}; it must be 2 to 100")
+        if not 0 <= self.max_refiner_steps <= 20:
+            raise InputError(f"max_refiner_steps is {self.max_refiner_steps}; it must be 0 to 20")
+        if wrong := set(self.refiner_rules) - set(REFINERS) or not self.refiner_rules:
+            raise InputError(f"refiner rules are to be {wrong}; known are {', '.join(REFINERS)}")
+        for shift in self.shifts:
+            Schedule((Run("H", 1),), shift)
+        for interval in self.intervals:
+            check_interval(interval)
+
+    def start(self, scale: float) -> list[Plan]:
+        """Every count of H, P and R within the limits, in that order, on the uniform grid.
+
+        Args:
+          scale: of guidance.
+        """
+        plans = []
+        # From H1 on: a P with nothing before it is an H.
+        for h in range(1, self.max_evaluations // 2 + 1):
+            for p in range(self.max_evaluations + 1):
+                for r in range(self.max_refiner_steps + 1):
+                    runs = [("H", h), ("P", p), (self.refiner_rules[0], r)]
+                    schedule = Schedule(tuple(Run(block, n) for block, n in runs if n))
+                    if schedule.predictor_evaluations <= self.max_evaluations:
+                        plans.append(Plan(schedule, self.modes[0], scale, None))
+        return plans
+
+    def beside(self, plan: Plan) -> Iterator[Plan]:
+        """Plans that differ from one in one thing: grid, rule, order, mode or interval."""
+        schedule = plan.schedule
+        for shift in (1.0, *self.shifts, *(schedule.shift * factor for factor in (0.84, 1.19))):
+            if 0.05 <= shift <= 20:
+                yield plan._replace(schedule=dataclasses.replace(schedule, shift=shift))
+        for rule in self.refiner_rules:
+            runs = tuple(
+                Run(rule, run.steps) if run.block in REFINERS else run for run in schedule.runs
+            )
+            yield plan._replace(schedule=dataclasses.replace(schedule, runs=runs))
+        if self.orders and len(schedule.runs) <= 3:
+            for runs in permutations(schedule.runs):
+                other = dataclasses.replace(schedule, runs=runs) if self._legal(runs) else schedule
+                if other.predictor_evaluations <= self.max_evaluations:
+                    yield plan._replace(schedule=other)
+        for mode in self.modes:
+            yield plan._replace(guidance=mode)
+        if plan.guidance != "none":
+            for interval in (None, *self.intervals):
+                yield plan._replace(interval=check_interval(interval))
+
+    @staticmethod
+    def _legal(runs: Sequence[Run]) -> bool:
+        return runs[0].block not in REFINERS
