@@ -51,6 +51,8 @@ def main(argv: Sequence[str]) -> None:
     rows.remove()
     print(table(result), end="\n\n")
     print(verdict.sentence)
+    if card["dtype"] != "float32":
+        print(f"warning: the curvature has the rounding of {card['dtype']} in it; take float32")
     print(f"wrote {one_line(str(out / 'stability'))}.json, .png and .svg")
 
 
@@ -165,8 +167,8 @@ def draw(result: Mapping[str, Any], verdict: Verdict) -> Any:
         right.axhline(limit, label=f"threshold, {limit:g} %", **dashes)
         wider = None if verdict.better == verdict.safe else verdict.better
         for label, found, opacity in (
-            ("refining errs less", wider, 0.08),
-            ("refining is safe", verdict.safe, 0.16),
+            ("refining errs less", wider, 0.12),
+            ("refining is safe", verdict.safe, 0.25),
         ):
             if found is not None:
                 right.axvspan(found[0], 1, color=plots.GREEN, alpha=opacity, lw=0, label=label)
