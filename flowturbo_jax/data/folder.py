@@ -132,7 +132,7 @@ class FolderExamples:
         if self.shape is not None and data.shape != self.shape:
             raise InputError(
                 f"{_shown(path)} is {data.shape[1]} x {data.shape[0]}, but the first image is "
-                f"{self.shape[1]} x {self.shape[0]}; give an image size to crop all to"
+                f"{self.shape[1]} x {self.shape[0]}; crop all to one size with --image-size"
             )
         return {"data": data, "label": np.asarray(label, np.int32)}
 
@@ -189,8 +189,9 @@ def _refuse_empty(root: bytes, files: Mapping[bytes, bytes]) -> None:
 
 
 def _images(root: bytes, folder: bytes) -> Iterator[tuple[bytes, int]]:
-    """The name, relative to a sub-folder, and the size of every image file below it."""
-    pending = [(os.path.join(root, folder), b"", frozenset({_identity(root)}))]
+    """The name, relative to a sub-folder or to the root, and the size of every image file below."""
+    above = frozenset({_identity(root)} if folder else ())
+    pending = [(os.path.join(root, folder), b"", above)]
     while pending:
         path, prefix, above = pending.pop()
         identity = _identity(path)
