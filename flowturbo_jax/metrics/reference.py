@@ -6,8 +6,10 @@ recall need, and `info`, JSON text that says which network they are of. ADM's re
 images in `arr_0` instead of features.
 """
 
+import contextlib
 import hashlib
 import json
+import lzma
 import os
 import zipfile
 import zlib
@@ -21,6 +23,20 @@ from flowturbo_jax.interfaces import InputError
 from flowturbo_jax.metrics.frechet import Statistics
 from flowturbo_jax.metrics.network import FeatureNetwork
 
+# What numpy, zipfile and the decompressors raise for files that are damaged or no such files.
+UNREADABLE = (
+    OSError,
+    ValueError,
+    TypeError,
+    AttributeError,
+    KeyError,
+    EOFError,
+    RuntimeError,
+    OverflowError,
+    zipfile.BadZipFile,
+    zlib.error,
+    lzma.LZMAError,
+)
 UNKNOWN_COUNT = 0  # statistics of a file that does not say of how many images
 
 
@@ -76,8 +92,10 @@ def write_reference(path: str | Path, reference: Reference, info: Mapping[str, A
             np.savez(file, info=np.asarray(json.dumps(known)), **arrays)
         os.replace(draft, path)
     except OSError as error:
-        draft.unlink(missing_ok=True)
         raise InputError(f"cannot write {path}: {error.strerror}; choose another --out") from error
+    finally:
+        with contextlib.suppress(OSError):
+            draft.unlink()
 
 
 def read_reference(path: str | Path, network: FeatureNetwork) -> Reference:
@@ -95,7 +113,8 @@ def read_reference(path: str | Path, network: FeatureNetwork) -> Reference:
     path = Path(path)
     arrays = _read_arrays(path)
     info = _info(path, arrays)
-    if missing := [key for key in ("mu", "sigma") if key not in arrays]:
+    spatial_keys = ("mu_s", "sigma_s") if {"mu_s", "sigma_s"} & arrays.keys() else ()
+    if missing := [key for key in ("mu", "sigma", *spatial_keys) if key not in arrays]:
         raise InputError(
             f"{path} has no {' and no '.join(missing)} (it holds {', '.join(arrays) or 'nothing'})"
             "; statistics need both: make them with python -m flowturbo_jax statistics"
@@ -114,38 +133,55 @@ def read_reference(path: str | Path, network: FeatureNetwork) -> Reference:
             f"{network.dimensions}; they are of another feature network"
         )
     spatial = None
-    if "mu_s" in arrays and "sigma_s" in arrays:
+    if spatial_keys:
         spatial = _statistics(path, arrays["mu_s"], arrays["sigma_s"], count)
-    features = arrays.get("features")
-    if features is None and "arr_0" in arrays:
-        images = arrays["arr_0"]
-        if images.dtype != np.uint8 or images.ndim != 4:
-            raise InputError(f"arr_0 of {path} is {images.dtype}{list(images.shape)}, not images")
-        features = network.extract(images).pooled
-    if features is not None and (features.ndim != 2 or features.shape[1] != len(pooled.mean)):
-        raise InputError(f"features of {path} are {list(features.shape)}, mu {len(pooled.mean)}")
+    features = _features(path, arrays, len(pooled.mean), network)
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     name = info.get("name") or path.name
     return Reference(str(name), digest, pooled, spatial, features, stored)
 
 
+def _features(
+    path: Path, arrays: dict[str, np.ndarray], dimensions: int, network: FeatureNetwork
+) -> np.ndarray | None:
+    """Rows of real features; those of an ADM reference batch are taken of its images."""
+    if "features" in arrays:
+        features = arrays["features"]
+        if features.ndim != 2 or features.shape[1] != dimensions or features.dtype.kind != "f":
+            raise InputError(
+                f"features of {path} are {features.dtype}{list(features.shape)}, its mean has "
+                f"{dimensions}; they must be floats [M, {dimensions}]"
+            )
+        if not np.isfinite(features).all():
+            raise InputError(f"{path} has features that are not finite")
+        return features
+    if "arr_0" not in arrays:
+        return None
+    images = arrays["arr_0"]
+    if images.dtype != np.uint8 or images.ndim != 4:
+        raise InputError(f"arr_0 of {path} is {images.dtype}{list(images.shape)}, not images")
+    features = network.extract(images).pooled
+    if features.shape[1] != dimensions:
+        raise InputError(
+            f"the images of {path} have {features.shape[1]} features by {network.name}, its mean "
+            f"has {dimensions}; they are of another feature network"
+        )
+    return features
+
+
 def _read_arrays(path: Path) -> dict[str, np.ndarray]:
+    if path.exists() and not path.is_file():
+        raise InputError(f"{path} is no file; give the .npz of the statistics")
     try:
-        with np.load(path, allow_pickle=False) as stored:  # a pickle could execute code
+        # Opened here, because numpy leaves a file open that is none of its own.
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as stored:  # runs no code
             return {key: stored[key] for key in stored.files}
     except FileNotFoundError as error:
         raise InputError(f"there is no file {path}; check the name of the statistics") from error
-    except (
-        OSError,
-        ValueError,
-        TypeError,
-        AttributeError,
-        KeyError,
-        EOFError,
-        zipfile.BadZipFile,
-        zlib.error,
-    ) as error:
+    except MemoryError as error:
+        raise InputError(f"{path} holds, or claims, more than fits into memory") from error
+    except UNREADABLE as error:
         reason = " ".join(str(error).split())[:150] or type(error).__name__
         raise InputError(f"{path} is no .npz file of plain arrays ({reason})") from error
 
@@ -158,13 +194,13 @@ def _info(path: Path, arrays: dict[str, np.ndarray]) -> dict[str, Any]:
         count = info.get("count", UNKNOWN_COUNT)
         if type(count) is not int or count < 0:
             raise ValueError(f"count is {count!r}")
-    except (ValueError, AttributeError, IndexError) as error:
+    except (ValueError, AttributeError, IndexError, RecursionError) as error:
         raise InputError(f"info of {path} cannot be read: {error}; make the file anew") from error
     return info
 
 
 def _statistics(path: Path, mean: np.ndarray, covariance: np.ndarray, count: int) -> Statistics:
-    if mean.ndim != 1 or covariance.shape != (len(mean), len(mean)):
+    if mean.ndim != 1 or not len(mean) or covariance.shape != (len(mean), len(mean)):
         raise InputError(
             f"{path} has a mean of {list(mean.shape)} and a covariance of "
             f"{list(covariance.shape)}; they must be [D] and [D, D]"
@@ -174,4 +210,19 @@ def _statistics(path: Path, mean: np.ndarray, covariance: np.ndarray, count: int
     mean, covariance = mean.astype(np.float64), covariance.astype(np.float64)
     if not (np.isfinite(mean).all() and np.isfinite(covariance).all()):
         raise InputError(f"{path} has statistics that are not finite")
+    _refuse_no_covariance(path, covariance)
     return Statistics(mean, covariance, count)
+
+
+def _refuse_no_covariance(path: Path, matrix: np.ndarray) -> None:
+    """Refuses now what `frechet_distance`, by the same bounds, would refuse at the very end."""
+    scale = np.abs(matrix).max()
+    if np.abs(matrix - matrix.T).max() > 1e-5 * scale:
+        raise InputError(f"{path} has a covariance that is not symmetric, so it is none")
+    if scale > 0:
+        try:  # exists if no eigenvalue is below the bound, and is quicker than they are
+            np.linalg.cholesky(matrix / scale + 1e-4 * np.eye(len(matrix)))
+        except np.linalg.LinAlgError as error:
+            raise InputError(
+                f"{path} has a covariance with a negative eigenvalue, so it is none"
+            ) from error
