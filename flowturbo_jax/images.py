@@ -1,5 +1,6 @@
 """Pixels: between [-1, 1] and bytes, tiled into grids, drawn side by side, written as PNG."""
 
+import contextlib
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -205,7 +206,8 @@ def save_npz(path: str | os.PathLike[str], images: np.ndarray) -> None:
     except OSError as error:
         raise InputError(f"cannot write {path}: {error.strerror}; choose another place") from error
     finally:
-        unfinished.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # where there is no folder either
+            unfinished.unlink()
 
 
 def _text_widths(
