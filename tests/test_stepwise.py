@@ -1,6 +1,7 @@
 """Block by block: the same samples as one program, no compilation per schedule, and times."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
@@ -9,7 +10,7 @@ import flowturbo_jax as ft
 from flowturbo_jax.pipelines import stepwise
 
 LABELS = np.asarray([3, 1, 4], np.int32)
-NOISE = np.random.default_rng(0).standard_normal((3, 8, 8, 1)).astype(np.float32)
+NOISE = jnp.asarray(np.random.default_rng(0).standard_normal((3, 8, 8, 1)), jnp.float32)
 
 
 @pytest.fixture(scope="module")

@@ -270,6 +270,8 @@ def draw(
     metric: str | None,
 ) -> None:
     """Draws error (and metric) over time, as STEM.png and STEM.svg."""
+    from matplotlib.ticker import LogLocator, NullFormatter
+
     with plots.style():
         figure, axes = plots.panels(2 if metric else 1)
         values = [("distance from the fine solution", lambda found: found.error)]
@@ -306,8 +308,11 @@ def draw(
                     fontsize=6.5,
                     color=plots.INK,
                 )
-            panel.set_xscale("log")
-            panel.set_yscale("log")
+            for axis, scale in ((panel.xaxis, "x"), (panel.yaxis, "y")):
+                panel.set(**{f"{scale}scale": "log"})
+                axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+                axis.set_major_formatter("{x:g}")
+                axis.set_minor_formatter(NullFormatter())
             panel.set_xlabel("ms per image, compiled")
             panel.set_ylabel(label)
         axes[0].legend()

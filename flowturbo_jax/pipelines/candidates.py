@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Iterator, Sequence
 from itertools import permutations
 
-from flowturbo_jax.guidance import check_interval
+from flowturbo_jax.guidance import MODES, check_interval
 from flowturbo_jax.interfaces import InputError
 from flowturbo_jax.pipelines.plan import Plan
 from flowturbo_jax.schedule import Run, Schedule
@@ -39,8 +39,12 @@ class Space:
             raise InputError(f"max_evaluations is {self.max_evaluations}; it must be 2 to 100")
         if not 0 <= self.max_refiner_steps <= 20:
             raise InputError(f"max_refiner_steps is {self.max_refiner_steps}; it must be 0 to 20")
-        if wrong := set(self.refiner_rules) - set(REFINERS) or not self.refiner_rules:
-            raise InputError(f"refiner rules are to be {wrong}; known are {', '.join(REFINERS)}")
+        if not self.refiner_rules or set(self.refiner_rules) - set(REFINERS):
+            raise InputError(
+                f"refiner rules are to be {self.refiner_rules}; known are {', '.join(REFINERS)}"
+            )
+        if not self.modes or set(self.modes) - set(MODES):
+            raise InputError(f"guidance modes are to be {self.modes}; known are {', '.join(MODES)}")
         for shift in self.shifts:
             Schedule((Run("H", 1),), shift)
         for interval in self.intervals:

@@ -19,7 +19,7 @@ from flowturbo_jax.pipelines.requests import check_batch_size, seeds_and_indices
 from flowturbo_jax.schedule import Schedule
 
 ENCODING = np.uint32(0x9E3779B9)
-GuidanceInterval = tuple[float, float] | jax.Array | None
+GuidanceInterval = tuple[float, float] | str | jax.Array | None
 ClassLabels = Sequence[int | str] | np.ndarray | jax.Array
 
 

@@ -127,7 +127,7 @@ def _key(pipe: ClassToImage, noise: np.ndarray, labels: np.ndarray, plan: Plan) 
 def _read(file: Path, shape: tuple[int, ...]) -> np.ndarray | None:
     """The solution in a file, or None if there is none, or it is damaged: it is made anew."""
     try:
-        with np.load(file, allow_pickle=False) as stored:
+        with file.open("rb") as opened, np.load(opened, allow_pickle=False) as stored:
             found = stored["latents"]
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
         return None

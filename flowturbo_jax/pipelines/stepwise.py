@@ -55,7 +55,9 @@ def _predict(
     return programs.make_flow(networks, params, labels, scale, interval, guidance).predict(x, t)
 
 
-def sample_latents(pipe: ClassToImage, noise: Latents, labels: np.ndarray, plan: Plan) -> Latents:
+def sample_latents(
+    pipe: ClassToImage, noise: Latents | np.ndarray, labels: np.ndarray, plan: Plan
+) -> Latents:
     """As `ClassToImage.sample_latents`, to rounding.
 
     Args:

@@ -151,17 +151,19 @@ class Tuner:
           what: is done, for the progress.
         """
         result = []
-        for number, plan in enumerate(plans):
-            key = f"{described(plan)} {noises}"
-            known = self._results.get(key)
-            if known is None:
-                known = [self._cost(plan), self.error(plan, noises)]
-                self._results.put(key, known)
-            result.append(Screened(plan, *known, noises))
-            self._screened[plan] = result[-1]
-            if what:
-                self._progress(what, number + 1, len(plans))
-        self._results.write()
+        try:
+            for number, plan in enumerate(plans):
+                key = f"{described(plan)} {noises}"
+                known = self._results.get(key)
+                if known is None:
+                    known = [self._cost(plan), self.error(plan, noises)]
+                    self._results.put(key, known)
+                result.append(Screened(plan, *known, noises))
+                self._screened[plan] = result[-1]
+                if what:
+                    self._progress(what, number + 1, len(plans))
+        finally:  # also of what was interrupted
+            self._results.write()
         return result
 
     def error(
@@ -219,7 +221,8 @@ class Tuner:
         seconds = []
         for _ in range(repeats + 1):  # the first compiles
             begin = time.perf_counter()
-            jax.block_until_ready(self.pipe.sample_latents(noise, labels, **given))
+            made = self.pipe.sample_latents(jnp.asarray(noise), labels, **given)
+            jax.block_until_ready(made)
             seconds.append(time.perf_counter() - begin)
         ms = float(np.median(seconds[1:])) / self._latency_batch * 1e3
         return Finalist(plan, ms, one.error, {}, one.error)
