@@ -1,0 +1,161 @@
+"""tune as users run it: what it writes, what it puts into a model, and how it refuses."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+import tiny
+from PIL import Image
+from test_commands import run
+
+import flowturbo_jax as ft
+import sample as sample_script
+from flowturbo_jax.__main__ import main as package_main
+from flowturbo_jax.interfaces import InputError
+from flowturbo_jax.model_description import Preset
+from flowturbo_jax.pipelines import tuning
+
+QUICK = (
+    "--max-evaluations=3",
+    "--max-refiner-steps=1",
+    "--noises=8",
+    "--batch-size=8",
+    "--latency-batch=2",
+    "--finalists=2",
+    "--modes=paired",
+    "--rules=R",
+    "--shifts=0.5",
+    "--intervals=",
+    "--one-order",
+    "--baselines=H2",
+)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return tiny.save_model(tmp_path_factory.mktemp("model") / "m")
+
+
+@pytest.fixture(scope="module")
+def tuned(model, tmp_path_factory):
+    """A folder of results, and the model the schedules were put into."""
+    out = tmp_path_factory.mktemp("tuned")
+    copy = out / "model"
+    shutil.copytree(model, copy)
+    assert run(package_main, "tune", str(copy), f"--out={out / 'found'}", "--write", *QUICK) == 0
+    return out / "found", copy
+
+
+def test_tune_writes_what_it_found_and_a_picture(tuned):
+    out, _ = tuned
+    report = json.loads((out / "tune.json").read_text())
+    assert set(report["recommended"]) == {"fast", "balanced", "best"}
+    assert "H2" in [row["schedule"] for row in report["finalists"]]
+    for row in report["finalists"]:
+        assert row["ms_per_image"] > 0
+        assert 0 < row["error"] < 10
+    card = report["card"]
+    assert {"predictor_sha256", "device", "versions", "dtype", "seed", "samples"} <= card.keys()
+    assert "schedule" not in card
+    with Image.open(out / "tune.png") as picture:
+        assert min(picture.size) > 300
+    assert (out / "tune.svg").read_text().startswith("<?xml")
+
+
+def test_what_was_found_is_sampled_by_its_name(tuned, capsys):
+    out, model = tuned
+    found = json.loads((out / "tune.json").read_text())["recommended"]
+    pipe = ft.ClassToImage.load(model)
+    for name, row in found.items():
+        plan = pipe.plan(name)
+        assert str(plan.schedule) == row["schedule"]
+        assert plan.guidance == row["guidance"]
+        by_name = np.asarray(pipe([1, 2], schedule=name))
+        spelled = np.asarray(pipe([1, 2], schedule=row["schedule"], guidance=row["guidance"]))
+        np.testing.assert_array_equal(by_name, spelled)
+    arguments = [f"--config.model_dir={model}", f"--config.out={out}", "--config.schedule=fast"]
+    arguments += ["--config.baseline=best", "--config.samples=4", "--config.data="]
+    assert run(sample_script.main, *arguments) == 0
+    assert found["fast"]["schedule"] in capsys.readouterr().out
+
+
+def test_the_same_command_measures_nothing_twice(tuned, model, monkeypatch):
+    out, _ = tuned
+    monkeypatch.setattr(tuning.Tuner, "error", lambda *_: pytest.fail("measured again"))
+    assert run(package_main, "tune", str(model), f"--out={out}", *QUICK) == 0
+
+
+def test_without_write_the_model_stays_as_it_is(model):
+    assert ft.ClassToImage.load(model).model.description.schedules == {}
+    with pytest.raises(InputError, match=r"no schedule 'best' yet: find it with .* tune"):
+        ft.ClassToImage.load(model).plan("best")
+
+
+def test_a_metric_ranks_finalists_and_its_correlation_is_reported(model, tmp_path, capsys):
+    arguments = ["tune", str(model), f"--out={tmp_path}", *QUICK, "--metric=frechet_distance"]
+    assert run(package_main, *arguments, "--samples=40") == 0
+    report = json.loads((tmp_path / "tune.json").read_text())
+    metrics = [row["frechet_distance"] for row in report["finalists"]]
+    best = report["recommended"]["best"]["frechet_distance"]
+    chosen = [row["frechet_distance"] for row in report["finalists"] if row["schedule"] != "H2"]
+    assert best == min(chosen)
+    assert len(set(metrics)) > 1
+    assert -1 <= report["rank_correlation"] <= 1
+    assert "rank correlation of error and frechet_distance" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--max-evaluations=1"], "max_evaluations is 1"),
+        (["--shifts=a"], "--shifts is 'a'"),
+        (["--intervals=0.9:0.1"], "guidance_interval is (0.9, 0.1)"),
+        (["--modes=loud"], "guidance modes"),
+        (["--rules=X"], "refiner rules"),
+        (["--metric=beauty"], "--metric is 'beauty'"),
+        (["--noises=2"], "at least 8 noises"),
+        (["--baselines=Q3"], "unknown block 'Q'"),
+        (["--finalists=1"], "at least 2"),
+        (["--dtype=int4"], "dtype is 'int4'"),
+    ],
+)
+def test_bad_input_is_one_clear_line(model, tmp_path, capsys, arguments, message):
+    given = ["tune", str(model), f"--out={tmp_path / 'x'}", *QUICK, *arguments]
+    assert run(package_main, *given) == 2
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
+    assert message in line
+
+
+def test_a_place_that_cannot_be_written_is_one_clear_line(model, tmp_path, capsys):
+    (tmp_path / "file").write_text("x")
+    assert run(package_main, "tune", str(model), f"--out={tmp_path / 'file' / 'x'}", *QUICK) == 2
+    assert "cannot write" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"schedule": "X1", "guidance": "none"}, "unknown block"),
+        ({"schedule": "H1", "guidance": "loud"}, "guidance is 'loud'"),
+        ({"schedule": "H1", "guidance": "none", "guidance_interval": (0, 0.5)}, "leave one out"),
+        ({"schedule": "H1", "guidance": "paired", "guidance_interval": (0.5, 0.1)}, "must rise"),
+    ],
+)
+def test_a_preset_that_makes_no_sense_is_refused(fields, message):
+    with pytest.raises(InputError, match=message):
+        Preset(**fields)
+
+
+def test_presets_a_model_cannot_do_are_refused(tmp_path):
+    with pytest.raises(InputError, match="refines, but there is no refiner"):
+        tiny.description(refiner=False).__class__(
+            **{
+                **vars(tiny.description(refiner=False)),
+                "schedules": {"fast": Preset("H1R1", "none")},
+            }
+        )
+    with pytest.raises(InputError, match="schedules has 'quick'"):
+        tiny.description().__class__(
+            **{**vars(tiny.description()), "schedules": {"quick": Preset("H1", "none")}}
+        )
