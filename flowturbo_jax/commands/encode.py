@@ -9,15 +9,13 @@ that has one, the folder of a diffusers AutoencoderKL, or hf://owner/name.
 """
 
 import argparse
-import contextlib
-import sys
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 from tqdm import tqdm
 
 from flowturbo_jax import data
 from flowturbo_jax.commands.entry import LineParser, one_line
+from flowturbo_jax.commands.progress import images_done, say
 from flowturbo_jax.data import latent_cache
 from flowturbo_jax.data.latent_manifest import Manifest
 from flowturbo_jax.interfaces import InputError
@@ -49,9 +47,9 @@ def main(argv: Sequence[str]) -> None:
         raise InputError(f"{_flag(missing[0])} is missing; give --data, --vae and --out")
     options = encoding.Options(**{name: given[name] for name in OPTIONS if name in given})
     source = data.open_source(args.data, args.image_size or 0)
-    autoencoder = encoding.read_autoencoder(args.vae, _say)
-    with _progress() as show:
-        manifest = encoding.encode(source, autoencoder, args.out, options, _say, show)
+    autoencoder = encoding.read_autoencoder(args.vae, say)
+    with images_done() as show:
+        manifest = encoding.encode(source, autoencoder, args.out, options, say, show)
     print(_summary(manifest, args.out))
 
 
@@ -71,28 +69,6 @@ def _parser() -> LineParser:
 
 def _flag(name: str) -> str:
     return f"--{name.replace('_', '-')}"
-
-
-def _say(line: str) -> None:
-    """Prints a line above the progress bar."""
-    tqdm.write(one_line(line), file=sys.stderr)
-
-
-@contextlib.contextmanager
-def _progress() -> Iterator[Any]:
-    """What shows how many images are done; its rate is of those done since it began."""
-    bars: list[tqdm] = []
-
-    def show(done: int, total: int) -> None:
-        if not bars:
-            bars.append(tqdm(total=total, initial=done, unit="image"))
-        bars[0].update(done - bars[0].n)
-
-    try:
-        yield show
-    finally:
-        for bar in bars:
-            bar.close()
 
 
 def _summary(manifest: Manifest, out: str) -> str:

@@ -23,7 +23,8 @@ def run(main: Callable[[Sequence[str]], None], argv: Sequence[str] | None = None
     """Runs a command and exits: 0 if it worked, 2 on bad input, 130 on Ctrl-C (training saves).
 
     Args:
-      main: takes the whole argv; raises InputError on bad input.
+      main: takes the whole argv; raises InputError on bad input, and KeyboardInterrupt with a line
+        to print where that says how to go on.
       argv: the command line, the program's name first; the process's own by default.
     """
     if threading.current_thread() is threading.main_thread():
@@ -37,8 +38,8 @@ def run(main: Callable[[Sequence[str]], None], argv: Sequence[str] | None = None
         sys.exit(2)
     except BrokenPipeError:  # whoever reads, such as `head`, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+    except KeyboardInterrupt as stop:
+        print(one_line(str(stop) or "interrupted"), file=sys.stderr)
         sys.exit(130)
     sys.exit(0)
 

@@ -7,51 +7,50 @@ r"""Measures schedules of a model directory, or compares what was measured.
 
 Every row of the results has a protocol card: all that the numbers depend on. Rows that stand in the
 file, made by the same protocol, are not made again, and a measurement that was interrupted goes on
-at its last batch with the same command. --compare refuses rows whose protocols differ.
+at its last batch with the same command. --compare refuses rows whose protocols differ. What the
+metrics are, and where their networks and references come from: docs/evaluation.md.
 """
 
 import argparse
+import contextlib
 import hashlib
 import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from flowturbo_jax.commands.entry import LineParser
+from flowturbo_jax.commands import output_file
+from flowturbo_jax.commands.entry import LineParser, one_line
 from flowturbo_jax.commands.progress import images_done, say
 from flowturbo_jax.interfaces import InputError
 from flowturbo_jax.pipelines import comparison, evaluation, judging
 from flowturbo_jax.pipelines.class_to_image import ClassToImage
+from flowturbo_jax.pipelines.image_files import ImageFiles
 from flowturbo_jax.pipelines.judging import Judges
 from flowturbo_jax.pipelines.plan import Plan
+
+COMPARING = {"compare", "allow"}
 
 
 def main(argv: Sequence[str]) -> None:
     """Reads the command line, measures or compares, and prints a table in Markdown."""
-    args = _parser().parse_args(argv[1:])
+    parser = _parser()
+    args = parser.parse_args(argv[1:])
+    given = {name for name, value in vars(args).items() if value != parser.get_default(name)}
     if args.compare:
+        if others := sorted(given - COMPARING):
+            raise InputError(f"{_flag(others[0])} means nothing to --compare; leave it out")
         print(_compare(args))
         return
     if args.allow:
         raise InputError("--allow means nothing without --compare; leave it out")
     if args.model_dir is None or args.out is None:
         raise InputError("give a model directory and --out, or --compare with two files")
-    pipe = ClassToImage.load(args.model_dir, args.dtype)
-    asked = (args.guidance_scale, args.guidance, args.guidance_interval)
-    # What is named twice is measured and counted once.
-    plans = list(dict.fromkeys(pipe.plan(text, *asked) for text in args.schedules.split(",")))
-    seeds = list(dict.fromkeys(_seeds(args.seeds)))
-    shape = pipe.model.description.image_shape
-    out = Path(args.out)
-    with judging.opened(
-        args.features, args.reference, shape, _work(out, "reference"), say
-    ) as judges:
-        judges = judges._replace(neighbours=args.neighbours)
-        judging.check_fits(shape, judges)
-        jobs = [(plan, _card(pipe, plan, seed, args, judges)) for plan in plans for seed in seeds]
-        rows = measure(pipe, jobs, judges, out, args.images, args.npz)
-    print(comparison.table(rows))
+    try:
+        rows = _measure(args)
+    except KeyboardInterrupt as stop:
+        raise KeyboardInterrupt("interrupted; the same command goes on where it was") from stop
+    print(_printable(comparison.table(rows)))
     for warning in dict.fromkeys(line for row in rows for line in row["card"]["warnings"]):
         print(f"warning: {warning}")
 
@@ -81,6 +80,60 @@ def _parser() -> LineParser:
     return parser
 
 
+def _flag(name: str) -> str:
+    return f"--{name.replace('_', '-')}" if name != "model_dir" else "a model directory"
+
+
+def _measure(args: argparse.Namespace) -> list[dict[str, Any]]:
+    """Makes what the command line asks for, and is not in the file yet; one row for each."""
+    _check(args)
+    seeds = _seeds(args.seeds)
+    out = output_file.named(args.out)
+    pipe = ClassToImage.load(args.model_dir, args.dtype)
+    asked = (args.guidance_scale, args.guidance, args.guidance_interval)
+    texts = args.schedules.split(",")
+    for text in texts:
+        pipe.check([0], text, *asked)
+    # What is named twice is measured and counted once.
+    plans = list(dict.fromkeys(pipe.plan(text, *asked) for text in texts))
+    description = pipe.model.description
+    with output_file.reserved(out):
+        known = comparison.read_rows(out, own=True) if out.exists() else []
+        with contextlib.ExitStack() as stack:
+            with images_done("reference") as show:
+                judges = stack.enter_context(
+                    judging.opened(
+                        args.features,
+                        args.reference,
+                        description.image_shape,
+                        output_file.work_folder(out) / "reference",
+                        say,
+                        classes=description.predictor.num_classes,
+                        on_images=show,
+                    )
+                )
+            judges = judges._replace(neighbours=args.neighbours)
+            judging.check_fits(description.image_shape, judges)
+            jobs = [
+                (plan, _card(pipe, plan, seed, args, judges)) for plan in plans for seed in seeds
+            ]
+            rows = measure(pipe, jobs, judges, out, known, args.images, args.npz)
+        _clean(output_file.work_folder(out))
+    return rows
+
+
+def _check(args: argparse.Namespace) -> None:
+    for name, least in (("samples", 2), ("batch_size", 1), ("neighbours", 1)):
+        if not least <= getattr(args, name) <= 2**31:
+            raise InputError(
+                f"{_flag(name)} is {getattr(args, name)}; it must be {least} to {2**31}"
+            )
+    for name in ("images", "npz", "features", "reference", "guidance"):
+        if getattr(args, name) == "":
+            raise InputError(f"{_flag(name)} is empty; give a value or leave it out")
+    evaluation.labels_of(1, 1, args.labels)
+
+
 def _seeds(text: str) -> list[int]:
     try:
         seeds = [int(seed) for seed in text.split(",")]
@@ -88,17 +141,12 @@ def _seeds(text: str) -> list[int]:
         raise InputError(f"--seeds is {text!r}; give numbers such as 0,1,2") from error
     if wrong := [seed for seed in seeds if not 0 <= seed < 2**32]:
         raise InputError(f"--seeds has {wrong[0]}; a seed is in [0, 2^32)")
-    return seeds
+    return list(dict.fromkeys(seeds))
 
 
 def _card(
     pipe: ClassToImage, plan: Plan, seed: int, args: argparse.Namespace, judges: Judges
 ) -> dict[str, Any]:
-    for name, least in (("samples", 2), ("batch_size", 1), ("neighbours", 1)):
-        if not least <= getattr(args, name) <= 2**31:
-            flag = name.replace("_", "-")
-            raise InputError(f"--{flag} is {getattr(args, name)}; it must be at least {least}")
-    evaluation.labels_of(1, 1, args.labels)
     return evaluation.protocol_card(
         pipe,
         plan,
@@ -115,16 +163,18 @@ def measure(
     jobs: Sequence[tuple[Plan, dict[str, Any]]],
     judges: Judges,
     out: Path,
+    known: list[dict[str, Any]],
     images: str | None = None,
     npz: str | None = None,
 ) -> list[dict[str, Any]]:
-    """Makes every measurement that is not in the file yet.
+    """Makes every measurement that is not known yet, or whose images are asked for and not there.
 
     Args:
       pipe: the model.
       jobs: how to sample, and the protocol card, of each.
       judges: what the samples are judged by.
       out: JSON file: a list of `{"card": ..., "results": ...}`, rewritten whole each time.
+      known: the rows in that file; new ones are added.
       images: folder for PNGs; None for none.
       npz: folder for .npz files of images; None for none.
 
@@ -132,71 +182,76 @@ def measure(
       One row per job, in order.
 
     Raises:
-      InputError: the file holds something else, or cannot be written.
+      InputError: something cannot be written, or an image is not finite.
     """
-    known = comparison.read_rows(out) if out.exists() else []
-    _check_writable(out)
+    places = [_image_files(card, judges, images, npz) for _, card in jobs]
+    for files in places:  # all of them now, and not after hours of the first
+        files.begin()
     rows = []
-    for plan, card in jobs:
+    for (plan, card), files in zip(jobs, places, strict=True):
+        key = hashlib.sha256(json.dumps(card, sort_keys=True).encode()).hexdigest()[:16]
+        work = output_file.work_folder(out) / key
         row = next((row for row in known if row["card"] == card), None)
-        if row is None:
-            key = hashlib.sha256(json.dumps(card, sort_keys=True).encode()).hexdigest()[:16]
-            name = f"{plan.schedule}-{card['guidance']}-seed{card['seed']}"
-            with images_done(name) as show:
+        if row is None or not files.whole():
+            with images_done(_name(card)) as show:
                 results = evaluation.measure(
-                    pipe,
-                    plan,
-                    judges,
-                    card,
-                    _work(out, key),
-                    png=Path(images) / name if images else None,
-                    npz=Path(npz) / f"{name}.npz" if npz else None,
-                    on_images=show,
+                    pipe, plan, judges, card, work, files=files, on_images=show
                 )
-            row = {"card": card, "results": results}
-            known.append(row)
-            _write(out, known)
+            if row is None:
+                row = {"card": card, "results": results}
+                known.append(row)
+                output_file.replace(out, json.dumps(known, indent=1) + "\n")
+        judging.remove(work)  # not before the results are written
         rows.append(row)
     return rows
 
 
-def _work(out: Path, key: str) -> Path:
-    """Where what an interruption must not lose is kept."""
-    return out.with_name(f".{out.name}.work") / key
+def _image_files(
+    card: dict[str, Any], judges: Judges, images: str | None, npz: str | None
+) -> ImageFiles:
+    name = _name(card)
+    return ImageFiles(
+        evaluation.sampling_card(card, judges),
+        png=Path(images).expanduser() / name if images else None,
+        npz=Path(npz).expanduser() / f"{name}.npz" if npz else None,
+    )
 
 
-def _check_writable(out: Path) -> None:
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        if out.is_dir():
-            raise InputError(f"{out} is a folder; --out names a file")
-        draft = _draft(out)
-        draft.touch()
-        draft.unlink()
-    except OSError as error:
-        raise InputError(f"cannot write {out}: {error.strerror}; choose another --out") from error
+def _name(card: dict[str, Any]) -> str:
+    """What the images of a measurement are called; their card says the rest."""
+    parts = [card["schedule"], card["guidance"]]
+    if card["guidance"] != "none":
+        parts += [f"{number:g}" for number in (card["guidance_scale"], *_interval(card))]
+    return "-".join([*parts, f"seed{card['seed']}"])
 
 
-def _draft(out: Path) -> Path:
-    return out.with_name(f".{out.name}.draft")
+def _interval(card: dict[str, Any]) -> Sequence[float]:
+    return card["guidance_interval"] or ()
 
 
-def _write(out: Path, rows: list[dict[str, Any]]) -> None:
-    try:
-        _draft(out).write_text(json.dumps(rows, indent=1) + "\n")
-        os.replace(_draft(out), out)
-        folder = _work(out, "any").parent
-        if folder.is_dir() and not any(folder.iterdir()):
-            folder.rmdir()
-    except OSError as error:
-        raise InputError(f"cannot write {out}: {error.strerror}; choose another --out") from error
+def _clean(folder: Path) -> None:
+    """Says what other measurements left behind: it may be wanted, and it may be large."""
+    left = [path for path in folder.glob("*") if path.is_dir()]
+    if left:
+        size = sum(file.stat().st_size for path in left for file in path.rglob("*"))
+        say(
+            f"{folder} keeps {len(left)} unfinished measurement(s) of other settings, "
+            f"{size / 1e6:,.1f} MB; remove it if they are not to go on"
+        )
+    elif folder.is_dir():
+        judging.remove(folder)
 
 
 def _compare(args: argparse.Namespace) -> str:
-    files = {name: comparison.read_rows(name) for name in args.compare}
-    if len(files) < 2:
+    if Path(args.compare[0]).resolve() == Path(args.compare[1]).resolve():
         raise InputError(f"--compare names {args.compare[0]} twice; give two files")
+    files = {name: comparison.read_rows(name) for name in args.compare}
     allowed = frozenset(key.strip() for key in args.allow.split(",") if key.strip())
     comparison.refuse_unlike(files, allowed)
     names = [name for name, rows in files.items() for _ in rows]
-    return comparison.table([row for rows in files.values() for row in rows], names)
+    return _printable(comparison.table([row for rows in files.values() for row in rows], names))
+
+
+def _printable(text: str) -> str:
+    """A table whose cells, which come from files, cannot command a terminal."""
+    return "\n".join(one_line(line) for line in text.splitlines())

@@ -37,7 +37,8 @@ def sample(config: Mapping[str, Any] | ConfigDict) -> dict[str, Any]:
     pipe = ClassToImage.load(config.model_dir, config.dtype)
     judges = judging.digits_judges() if config.data else None
     if judges is not None:
-        judging.check_fits(pipe.model.description.image_shape, judges)
+        hint = " (to sample without scores: --config.data= --config.baseline=)"
+        judging.check_fits(pipe.model.description.image_shape, judges, hint)
     labels = _labels(pipe, config)
     asked = (config.guidance_scale, config.guidance or None, config.guidance_interval or None)
     for text in config.schedules:  # before the bar, so that a refusal stands alone

@@ -25,6 +25,17 @@ FREE = frozenset(
         "warnings",
     }
 )
+# Of a card: what every table shows, and what none does, since it follows or says nothing.
+SHOWN = frozenset(
+    {
+        "schedule",
+        "guidance",
+        "guidance_scale",
+        "predictor_evaluations",
+        "refiner_evaluations",
+    }
+)
+UNSEEN = frozenset({"steps", "seed", "warnings", "guidance_interval", "guided_channels"})
 HEADINGS = {
     "frechet_distance": "Fréchet distance",
     "spatial_frechet_distance": "spatial",
@@ -37,24 +48,46 @@ HEADINGS = {
 DECIMALS = {"label_accuracy": 4, "frechet_distance": 4, "spatial_frechet_distance": 4}
 
 
-def read_rows(path: str | Path) -> list[dict[str, Any]]:
+def read_rows(path: str | Path, own: bool = False) -> list[dict[str, Any]]:
     """The measurements in a file of `evaluate` or of sample.py, `{"card", "results"}` each.
+
+    Args:
+      path: the file.
+      own: only one that `evaluate` wrote, and may write again; it can be without measurements.
 
     Raises:
       InputError: the file holds something else, or nothing.
     """
     path = Path(path)
     try:
-        stored = json.loads(path.read_text())
-        stored = stored["schedules"] if isinstance(stored, dict) else stored
-        rows = [{"card": dict(row["card"]), "results": dict(row["results"])} for row in stored]
+        rows = json.loads(path.read_text())
+        if isinstance(rows, dict) and not own:
+            rows = rows["schedules"]
+        if not isinstance(rows, list) or not all(map(_is_row, rows)):
+            raise ValueError("no rows")
     except FileNotFoundError as error:
         raise InputError(f"there is no file {path}; check the name") from error
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, RecursionError) as error:
         raise InputError(f"{path} holds no results of evaluate; choose another file") from error
-    if not rows:
+    if not rows and not own:
         raise InputError(f"{path} holds no results yet")
     return rows
+
+
+def _is_row(row: Any) -> bool:
+    """Whether a row has what `table` needs."""
+    if not isinstance(row, dict) or not {"card", "results"} <= row.keys():
+        return False
+    card, results = row["card"], row["results"]
+    if not isinstance(card, dict) or not isinstance(results, dict) or not card.keys() >= SHOWN:
+        return False
+    if not isinstance(card["schedule"], str) or not isinstance(card["guidance"], str):
+        return False
+    interval = card.get("guidance_interval") or []
+    if not isinstance(interval, list) or len(interval) not in (0, 2):
+        return False
+    numbers = [*results.values(), card["guidance_scale"], *interval]
+    return all(type(number) in (int, float) for number in numbers)
 
 
 def refuse_unlike(
@@ -92,15 +125,17 @@ def refuse_unlike(
 
 
 def _shown(value: Any) -> str:
-    text = "missing" if value is None else json.dumps(value)
+    text = "none" if value is None else value if isinstance(value, str) else json.dumps(value)
     return text if len(text) <= 40 else f"{text[:18]}...{text[-18:]}"
 
 
 def table(rows: Sequence[Mapping[str, Any]], names: Sequence[str] | None = None) -> str:
     """Mean and standard deviation over seeds of equal measurements, as a Markdown table.
 
+    Whatever else differs between the cards has a column of its own.
+
     Args:
-      rows: `{"card", "results"}` each.
+      rows: `{"card", "results"}` each, one at least.
       names: a name for each row, shown in a first column; None leaves it out.
     """
     groups: dict[str, list[int]] = {}
@@ -109,19 +144,26 @@ def table(rows: Sequence[Mapping[str, Any]], names: Sequence[str] | None = None)
         name = "" if names is None else names[index]
         groups.setdefault(json.dumps([name, card], sort_keys=True), []).append(index)
     metrics = [key for key in HEADINGS if any(key in row["results"] for row in rows)]
-    first = [] if names is None else ["file"]
-    heading = [*first, "schedule", "guidance", "evaluations", "+ refiner"]
-    heading += [HEADINGS[key] for key in metrics]
+    differing = _differing([rows[indices[0]]["card"] for indices in groups.values()])
+    heading = [*([] if names is None else ["file"]), "schedule", "guidance"]
+    heading += ["evaluations", "+ refiner", *differing, *(HEADINGS[key] for key in metrics)]
     lines = [heading, ["---"] * len(heading)]
     for indices in groups.values():
         card = rows[indices[0]]["card"]
         cells = [] if names is None else [names[indices[0]]]
         cells += [card["schedule"], _guidance(card)]
         cells += [str(card["predictor_evaluations"]), str(card["refiner_evaluations"])]
+        cells += [_shown(card.get(key)) for key in differing]
         results = [rows[index]["results"] for index in indices]
         cells += [_cell(key, [found[key] for found in results if key in found]) for key in metrics]
-        lines.append(cells)
+        lines.append([cell.replace("|", "\\|") for cell in cells])
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+
+
+def _differing(cards: Sequence[Mapping[str, Any]]) -> list[str]:
+    """What tells cards apart beside the columns that every table has."""
+    keys = sorted({key for card in cards for key in card} - SHOWN - UNSEEN)
+    return [key for key in keys if any(card.get(key) != cards[0].get(key) for card in cards)]
 
 
 def _guidance(card: Mapping[str, Any]) -> str:

@@ -9,16 +9,20 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from flowturbo_jax import images, parallel, stopping
+from flowturbo_jax import parallel, stopping
 from flowturbo_jax.growing_arrays import GrowingArrays
 from flowturbo_jax.interfaces import InputError
 from flowturbo_jax.pipelines import judging
 from flowturbo_jax.pipelines.class_to_image import ClassToImage
+from flowturbo_jax.pipelines.image_files import ImageFiles
 from flowturbo_jax.pipelines.judging import Judges
 from flowturbo_jax.pipelines.plan import Plan
 
 LIBRARIES = ("jax", "jaxlib", "flax", "numpy", "scikit-learn")
 LABEL_SAMPLINGS = ("balanced", "random")
+FEW_CLASSES = (
+    "{:,} balanced samples show only the classes 0 to {:,} of {:,}: take more, or random labels"
+)
 RANDOM_LABELS = 0x6C61  # keeps the stream of labels apart from others of the same seed
 
 
@@ -119,48 +123,50 @@ def measure(
     card: Mapping[str, Any],
     work: Path,
     *,
-    png: Path | None = None,
-    npz: Path | None = None,
+    files: ImageFiles | None = None,
     on_images: Callable[[int, int], Any] = max,
 ) -> dict[str, float]:
     """Samples on all devices of this process and scores; goes on where it was interrupted.
 
-    Features, not images, are kept, in files that grow batch by batch. Scores depend neither on the
-    batch size nor on interruptions; on the number of devices only as rounding does.
+    Features, not images, are kept, in files that grow batch by batch. Scores do not depend on
+    interruptions; on the batch size and the number of devices only as rounding does.
 
     Args:
       pipe: the model.
       plan: how to sample.
       judges: what to judge the samples by.
       card: of `protocol_card`: samples, seed, labels and batch size are read from it.
-      work: folder for what must outlive an interruption; removed at the end.
-      png: folder to write each image to, 000000.png, 000001.png, ...; None for none.
-      npz: file to write all images to, `arr_0` [N, H, W, C] uint8 as ADM's evaluator reads it.
+      work: folder for what must outlive an interruption. It stays: remove it once the scores are
+        stored.
+      files: where the images go; None for nowhere.
       on_images: told how many images are done, and of how many, first of those done before.
 
     Returns:
       `judging.score`, and `ms_per_image`: median over batches of the sampler's wall time per image,
-      in ms, without the first batch, which compiles; left out where there is no other.
+      in ms, without the first batch since the start, which compiles; left out where there is no
+      other.
 
     Raises:
       InputError: an image is not finite, or something cannot be written; what was made is kept.
       KeyboardInterrupt: SIGINT or SIGTERM asked to stop; what was made is kept.
     """
     shape, count, seed = pipe.model.description.image_shape, card["samples"], card["seed"]
+    files = files or ImageFiles(card)
+    written = files.begin()
     columns = judging.row_columns(judges, shape)
-    if npz is not None:
+    if files.npz is not None:
         columns["images"] = (np.uint8, shape)
-    rows = GrowingArrays(work, [dict(card), str(png)], columns)
+    rows = GrowingArrays(work, dict(card), columns)
     classes = pipe.model.description.predictor.num_classes
     labels = labels_of(count, classes, card["label_sampling"], seed)
     devices = parallel.local_devices()
     size = -(-min(card["batch_size"], count) // devices) * devices
+    done = min(rows.rows, written)
+    rows.keep(done if done == count else done // size * size)  # or other batches would round anew
     sample, seeds, times = pipe.on_all_devices(plan), np.full(size, seed, np.uint32), []
     on_images(rows.rows, count)
     with stopping.requests() as stop:
-        while rows.rows < count:
-            if stop.is_set():
-                raise KeyboardInterrupt
+        while rows.rows < count and not stop.is_set():
             first = rows.rows
             indices = np.minimum(np.arange(first, first + size), count - 1)
             new = min(size, count - first)
@@ -169,15 +175,15 @@ def measure(
             times.append((time.perf_counter() - begin) / size)
             _refuse_not_finite(finite[:new], first, seed)
             made = made[:new]
-            if png is not None:
-                _write_pngs(png, first, made)
+            files.add(first, made)
             found = judging.judge(made, labels[first : first + new], judges)
-            rows.append(**found, **({} if npz is None else {"images": made}))
+            rows.append(**found, **({} if files.npz is None else {"images": made}))
             on_images(rows.rows, count)
+        if stop.is_set():
+            raise KeyboardInterrupt
     scores = judging.score({name: rows.read(name) for name in columns}, judges)
-    if npz is not None:
-        images.save_npz(npz, rows.read("images"))
-    rows.remove()
+    if files.npz is not None:
+        files.finish(rows.read("images"))
     return scores | ({"ms_per_image": float(np.median(times[1:])) * 1e3} if times[1:] else {})
 
 
@@ -188,18 +194,6 @@ def _refuse_not_finite(finite: np.ndarray, first: int, seed: int) -> None:
             f"image {index} of seed {seed} is not finite: the sampler diverged; look at "
             "the weights, the guidance scale and the dtype"
         )
-
-
-def _write_pngs(folder: Path, first: int, made: np.ndarray) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        colour = made if made.shape[-1] == 3 else np.repeat(made[..., :1], 3, axis=-1)
-        for offset, image in enumerate(colour):
-            images.save_png(folder / f"{first + offset:06d}.png", image)
-    except OSError as error:
-        raise InputError(
-            f"cannot write images to {folder}: {error.strerror}; choose another --images"
-        ) from error
 
 
 def protocol_card(
@@ -249,4 +243,18 @@ def protocol_card(
         card["vae_sha256"] = pipe.model.fingerprints["vae"]
     if judges is not None:
         card |= judging.judges_card(judges, samples)
+        classes = description.predictor.num_classes
+        if label_sampling == "balanced" and samples < classes:
+            card["warnings"].append(FEW_CLASSES.format(samples, samples - 1, classes))
     return card
+
+
+def sampling_card(card: Mapping[str, Any], judges: Judges) -> dict[str, Any]:
+    """What of a protocol card the images depend on: all but the judges.
+
+    Args:
+      card: of `protocol_card`.
+      judges: it was made with.
+    """
+    judged = judging.judges_card(judges, card["samples"])
+    return {key: value for key, value in card.items() if key not in judged}

@@ -1,10 +1,7 @@
 """What samples are judged by: features, statistics of real images, and scores of both together."""
 
 import contextlib
-import hashlib
-import json
 import shutil
-import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,14 +9,11 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from flowturbo_jax import data, images, parallel
-from flowturbo_jax.growing_arrays import GrowingArrays
 from flowturbo_jax.interfaces import InputError
 from flowturbo_jax.metrics import (
     PIXELS,
     DigitsClassifier,
     FeatureNetwork,
-    Features,
-    Moments,
     Reference,
     Statistics,
     frechet_distance,
@@ -28,9 +22,15 @@ from flowturbo_jax.metrics import (
     precision_recall,
     read_reference,
 )
+from flowturbo_jax.pipelines.real_images import (
+    feature_columns,
+    measure_reference,
+    named_features,
+    stream_statistics,
+)
 
-STREAM_ROWS = 2000  # features held at once
-DIGIT_SHAPE = (8, 8, 1)
+DIGIT_SHAPE, DIGITS = (8, 8, 1), 10
+DRAWN = 50_000  # images of a data set that has no end
 TOO_FEW = "{:,} {} for {:,} feature dimensions: the covariance is singular and the distance biased"
 INCEPTION_BATCH = 32  # images on each device at once
 REPORTED = 20_000  # images above which their statistics are worth a word
@@ -87,6 +87,9 @@ def opened(
     shape: tuple[int, int, int],
     work: Path,
     report: Callable[[str], Any] = str,
+    *,
+    classes: int = DIGITS,
+    on_images: Callable[[int, int], Any] = max,
 ) -> Iterator[Judges]:
     """The judges of samples, by the names a command line gives.
 
@@ -98,6 +101,8 @@ def opened(
       work: folder in which the features of a data set are kept until the block is left without an
         error.
       report: told in a line what takes long.
+      classes: of the model; a classifier judges the labels of ten digits only.
+      on_images: told how many images of a data set are done, and of how many.
 
     Raises:
       InputError: a name is missing or not known, or what it names is refused.
@@ -110,116 +115,25 @@ def opened(
         )
     network = open_network(features or "pixels")
     name = reference or "digits"
-    if name.endswith(".npz"):
+    kind = name.partition(":")[0]
+    if name.endswith(".npz") and kind not in data.OPENERS:
         found = read_reference(name, network)
     else:
-        source = data.open_source(name, 0 if name in ("digits",) else _side(name, shape))
-        if len(source.examples) > REPORTED:
-            report(f"taking the statistics of {len(source.examples):,} images of {name} first")
-        found = measure_reference(source, network, work)
-    yield Judges(network, found, DigitsClassifier() if name == "digits" and digits else None)
+        source = data.open_source(name, shape[0] if kind in CROPPED else 0)
+        count = len(source.examples)
+        if kind == "mixture":
+            count = min(count, DRAWN)
+        if count > REPORTED:
+            report(f"taking the statistics of {count:,} images of {name} first")
+        found = measure_reference(source, network, work, count=count, on_images=on_images)
+    labelled = name == "digits" and digits and classes == DIGITS
+    yield Judges(network, found, DigitsClassifier() if labelled else None)
     remove(work)
-
-
-def _side(name: str, shape: tuple[int, int, int]) -> int:
-    return shape[0] if name.partition(":")[0] in CROPPED else 0
 
 
 def remove(work: Path) -> None:
     """Deletes a folder of work that is done."""
     shutil.rmtree(work, ignore_errors=True)
-
-
-def measure_reference(
-    source: data.DataSource,
-    network: FeatureNetwork,
-    work: Path | None = None,
-    kept: int = 10_000,
-    batch_size: int = 64,
-    on_images: Callable[[int, int], Any] = max,
-) -> Reference:
-    """Takes the statistics of a data set's images, each as it is, none mirrored.
-
-    Args:
-      source: the images.
-      network: takes their features.
-      work: folder in which interrupted work is continued; None keeps features in memory.
-      kept: how many rows of features to keep for precision and recall, spread over the data set.
-      batch_size: images whose features are taken at once.
-      on_images: told how many images are done, and of how many.
-
-    Raises:
-      InputError: the source has no images, fewer than 2, or one that cannot be read.
-    """
-    count = len(source.examples)
-    if source.latents is not None:
-        raise InputError(f"{source.name} holds latents; statistics are of images")
-    if count < 2:
-        raise InputError(f"{source.name} has {count} images; statistics need at least 2")
-    columns = feature_columns(network, source.shape)
-    identity = {"source": source.fingerprint, "network": network.fingerprint}
-    with contextlib.ExitStack() as stack:
-        if work is None:
-            work = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        rows = GrowingArrays(work, identity, columns)
-        on_images(rows.rows, count)
-        while rows.rows < count:
-            indices = range(rows.rows, min(rows.rows + batch_size, count))
-            pixels = np.stack([_read_image(source, index) for index in indices])
-            found = network.extract(np.asarray(images.to_uint8(pixels)))
-            rows.append(**named_features(found))
-            on_images(rows.rows, count)
-        pooled = rows.read("pooled")
-        chosen = np.linspace(0, count - 1, min(kept, count)).round().astype(int)
-        spatial = stream_statistics(rows.read("spatial")) if "spatial" in columns else None
-        digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
-        return Reference(
-            source.name,
-            digest,
-            stream_statistics(pooled),
-            spatial,
-            np.asarray(pooled[chosen]),
-            network.fingerprint,
-        )
-
-
-def _read_image(source: data.DataSource, index: int) -> np.ndarray:
-    try:
-        return source.examples[index]["data"]
-    except data.UnreadableError as error:
-        raise InputError(
-            f"{source.examples.name(index)} cannot be read ({error}); statistics are of all images "
-            "or none: mend or remove it"
-        ) from error
-
-
-def feature_columns(
-    network: FeatureNetwork, shape: tuple[int, int, int]
-) -> dict[str, tuple[Any, tuple[int, ...]]]:
-    """Dtype and shape of the features of one image, by name, as `GrowingArrays` wants them.
-
-    Args:
-      network: takes the features.
-      shape: [H, W, C] of the images.
-
-    Raises:
-      InputError: the network does not take such images.
-    """
-    found = network.extract(np.zeros((1, *shape), np.uint8))
-    return {name: (rows.dtype, rows.shape[1:]) for name, rows in named_features(found).items()}
-
-
-def named_features(found: Features) -> dict[str, np.ndarray]:
-    """The features that there are, by name."""
-    return {name: np.asarray(rows) for name, rows in found._asdict().items() if rows is not None}
-
-
-def stream_statistics(rows: np.ndarray) -> Statistics:
-    """Mean and covariance of rows that need not fit into memory, in float64."""
-    moments = Moments()
-    for first in range(0, len(rows), STREAM_ROWS):
-        moments.add(np.asarray(rows[first : first + STREAM_ROWS]))
-    return moments.statistics()
 
 
 def row_columns(
@@ -232,24 +146,29 @@ def row_columns(
     return columns
 
 
-def check_fits(shape: tuple[int, int, int], judges: Judges) -> None:
+def check_fits(shape: tuple[int, int, int], judges: Judges, hint: str = "") -> None:
     """Refuses images that cannot be compared with the reference, before any is made.
 
     Args:
       shape: [H, W, C] of the images.
       judges: what they are to be judged by.
+      hint: ends the message, where there is another way.
 
     Raises:
       InputError: the images, or their features, are of another size.
     """
-    wanted = len(judges.reference.pooled.mean)
-    found = feature_columns(judges.network, shape)["pooled"][1][0]
-    if found != wanted:
-        raise InputError(
-            f"the model makes images of {list(shape)}, of {found} features by {judges.network.name}"
-            f"; the reference {judges.reference.name} has {wanted}: give another one (to sample "
-            "without scores: --config.data= --config.baseline=)"
-        )
+    columns, reference = feature_columns(judges.network, shape), judges.reference
+    pairs = {"pooled": reference.pooled, "spatial": reference.spatial}
+    for name, statistics in pairs.items():
+        if statistics is None or name not in columns:
+            continue
+        wanted, found = len(statistics.mean), columns[name][1][0]
+        if found != wanted:
+            raise InputError(
+                f"the model makes images of {list(shape)}, of {found} {name} features by "
+                f"{judges.network.name}; the reference {reference.name} has {wanted}: give another "
+                f"one{hint}"
+            )
     if judges.classifier is not None and shape != DIGIT_SHAPE:
         raise InputError(f"images of {list(shape)} are no digits, which are {list(DIGIT_SHAPE)}")
 
@@ -282,14 +201,18 @@ def score(found: Mapping[str, np.ndarray], judges: Judges) -> dict[str, float]:
             for i in splits
         ]
         scores["inception_score"] = float(np.mean(each))
-    if reference.features is not None and min(len(pooled), len(reference.features)) > (
-        judges.neighbours
-    ):
+    if _has_neighbours(judges, len(pooled)):
         near = precision_recall(reference.features, np.asarray(pooled), judges.neighbours)
         scores |= {"precision": float(near.precision), "recall": float(near.recall)}
     if "label_right" in found:
         scores["label_accuracy"] = float(np.mean(found["label_right"]))
     return scores
+
+
+def _has_neighbours(judges: Judges, samples: int) -> bool:
+    """Whether precision and recall can be measured."""
+    real = judges.reference.features
+    return real is not None and min(samples, len(real)) > judges.neighbours
 
 
 def _distance(a: Statistics, b: Statistics) -> float:
@@ -327,7 +250,7 @@ def judges_card(judges: Judges, samples: int) -> dict[str, Any]:
         "reference_samples": reference.pooled.count or "not recorded",
         "reference_network_sha256": reference.network or "not recorded",
     }
-    if reference.features is not None:
+    if _has_neighbours(judges, samples):
         card["precision_recall"] = {
             "neighbours": judges.neighbours,
             "real_images": len(reference.features),
