@@ -43,7 +43,7 @@ def measured(pipe, judges, work, *, schedule="H1P1R1", places=None, on_images=ma
     """The scores, without the time."""
     plan = pipe.plan(schedule)
     card = card_of(pipe, judges, plan, **changed)
-    files = ImageFiles(evaluation.sampling_card(card, judges), **(places or {}))
+    files = ImageFiles(card_of(pipe, None, plan, **changed), **(places or {}))
     found = evaluation.measure(pipe, plan, judges, card, work, files=files, on_images=on_images)
     found.pop("ms_per_image", None)
     return found

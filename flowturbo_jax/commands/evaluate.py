@@ -15,9 +15,9 @@ import argparse
 import contextlib
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from flowturbo_jax.commands import output_file
 from flowturbo_jax.commands.entry import LineParser, one_line
@@ -96,30 +96,41 @@ def _measure(args: argparse.Namespace) -> list[dict[str, Any]]:
         pipe.check([0], text, *asked)
     # What is named twice is measured and counted once.
     plans = list(dict.fromkeys(pipe.plan(text, *asked) for text in texts))
-    description = pipe.model.description
     with output_file.reserved(out):
         known = comparison.read_rows(out, own=True) if out.exists() else []
-        with contextlib.ExitStack() as stack:
-            with images_done("reference") as show:
-                judges = stack.enter_context(
-                    judging.opened(
-                        args.features,
-                        args.reference,
-                        description.image_shape,
-                        output_file.work_folder(out) / "reference",
-                        say,
-                        classes=description.predictor.num_classes,
-                        on_images=show,
-                    )
-                )
-            judges = judges._replace(neighbours=args.neighbours)
-            judging.check_fits(description.image_shape, judges)
+        asked_for = [(plan, seed) for plan in plans for seed in seeds]
+        places = [_image_files(_card(pipe, plan, seed, args), args) for plan, seed in asked_for]
+        for files in places:  # all of them now, and not after hours of work
+            files.begin()
+        with _judges(pipe, args, out) as judges:
             jobs = [
-                (plan, _card(pipe, plan, seed, args, judges)) for plan in plans for seed in seeds
+                Job(plan, _card(pipe, plan, seed, args, judges), files)
+                for (plan, seed), files in zip(asked_for, places, strict=True)
             ]
-            rows = measure(pipe, jobs, judges, out, known, args.images, args.npz)
+            rows = measure(pipe, jobs, judges, out, known)
         _clean(output_file.work_folder(out))
     return rows
+
+
+@contextlib.contextmanager
+def _judges(pipe: ClassToImage, args: argparse.Namespace, out: Path) -> Iterator[Judges]:
+    description = pipe.model.description
+    with contextlib.ExitStack() as stack:
+        with images_done("reference") as show:
+            judges = stack.enter_context(
+                judging.opened(
+                    args.features,
+                    args.reference,
+                    description.image_shape,
+                    output_file.work_folder(out) / "reference",
+                    say,
+                    classes=description.predictor.num_classes,
+                    on_images=show,
+                )
+            )
+        judges = judges._replace(neighbours=args.neighbours)
+        judging.check_fits(description.image_shape, judges)
+        yield judges
 
 
 def _check(args: argparse.Namespace) -> None:
@@ -145,7 +156,11 @@ def _seeds(text: str) -> list[int]:
 
 
 def _card(
-    pipe: ClassToImage, plan: Plan, seed: int, args: argparse.Namespace, judges: Judges
+    pipe: ClassToImage,
+    plan: Plan,
+    seed: int,
+    args: argparse.Namespace,
+    judges: Judges | None = None,
 ) -> dict[str, Any]:
     return evaluation.protocol_card(
         pipe,
@@ -158,25 +173,38 @@ def _card(
     )
 
 
+def _image_files(card: dict[str, Any], args: argparse.Namespace) -> ImageFiles:
+    name = _name(card)
+    return ImageFiles(
+        card,
+        png=Path(args.images).expanduser() / name if args.images else None,
+        npz=Path(args.npz).expanduser() / f"{name}.npz" if args.npz else None,
+    )
+
+
+class Job(NamedTuple):
+    """A measurement that is asked for: how to sample, its protocol card, where images go."""
+
+    plan: Plan
+    card: dict[str, Any]
+    files: ImageFiles
+
+
 def measure(
     pipe: ClassToImage,
-    jobs: Sequence[tuple[Plan, dict[str, Any]]],
+    jobs: Sequence[Job],
     judges: Judges,
     out: Path,
     known: list[dict[str, Any]],
-    images: str | None = None,
-    npz: str | None = None,
 ) -> list[dict[str, Any]]:
     """Makes every measurement that is not known yet, or whose images are asked for and not there.
 
     Args:
       pipe: the model.
-      jobs: how to sample, and the protocol card, of each.
+      jobs: what to measure.
       judges: what the samples are judged by.
       out: JSON file: a list of `{"card": ..., "results": ...}`, rewritten whole each time.
       known: the rows in that file; new ones are added.
-      images: folder for PNGs; None for none.
-      npz: folder for .npz files of images; None for none.
 
     Returns:
       One row per job, in order.
@@ -184,11 +212,8 @@ def measure(
     Raises:
       InputError: something cannot be written, or an image is not finite.
     """
-    places = [_image_files(card, judges, images, npz) for _, card in jobs]
-    for files in places:  # all of them now, and not after hours of the first
-        files.begin()
     rows = []
-    for (plan, card), files in zip(jobs, places, strict=True):
+    for plan, card, files in jobs:
         key = hashlib.sha256(json.dumps(card, sort_keys=True).encode()).hexdigest()[:16]
         work = output_file.work_folder(out) / key
         row = next((row for row in known if row["card"] == card), None)
@@ -204,17 +229,6 @@ def measure(
         judging.remove(work)  # not before the results are written
         rows.append(row)
     return rows
-
-
-def _image_files(
-    card: dict[str, Any], judges: Judges, images: str | None, npz: str | None
-) -> ImageFiles:
-    name = _name(card)
-    return ImageFiles(
-        evaluation.sampling_card(card, judges),
-        png=Path(images).expanduser() / name if images else None,
-        npz=Path(npz).expanduser() / f"{name}.npz" if npz else None,
-    )
 
 
 def _name(card: dict[str, Any]) -> str:

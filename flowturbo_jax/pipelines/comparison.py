@@ -156,7 +156,7 @@ def table(rows: Sequence[Mapping[str, Any]], names: Sequence[str] | None = None)
         cells += [_shown(card.get(key)) for key in differing]
         results = [rows[index]["results"] for index in indices]
         cells += [_cell(key, [found[key] for found in results if key in found]) for key in metrics]
-        lines.append([cell.replace("|", "\\|") for cell in cells])
+        lines.append([" ".join(cell.split()).replace("|", "\\|") for cell in cells])
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 

@@ -214,7 +214,7 @@ def protocol_card(
       seed: of the noise.
       samples: number of images.
       batch_size: images per call.
-      judges: what the samples are judged by, if anything.
+      judges: what the samples are judged by; without any, the card says what images depend on.
       label_sampling: how the labels were chosen.
     """
     description = pipe.model.description
@@ -247,14 +247,3 @@ def protocol_card(
         if label_sampling == "balanced" and samples < classes:
             card["warnings"].append(FEW_CLASSES.format(samples, samples - 1, classes))
     return card
-
-
-def sampling_card(card: Mapping[str, Any], judges: Judges) -> dict[str, Any]:
-    """What of a protocol card the images depend on: all but the judges.
-
-    Args:
-      card: of `protocol_card`.
-      judges: it was made with.
-    """
-    judged = judging.judges_card(judges, card["samples"])
-    return {key: value for key, value in card.items() if key not in judged}

@@ -20,7 +20,7 @@ class ImageFiles:
     """Files of the images of one measurement.
 
     Args:
-      card: how the images are made.
+      card: of `protocol_card` without judges, which is all that images depend on.
       png: folder for 000000.png, 000001.png, ... and card.json; None for none.
       npz: file for all images, `arr_0` [N, H, W, C] uint8 as ADM's evaluator reads it, with the
         card beside it in a file of the same name that ends in .json; None for none.
