@@ -5,7 +5,6 @@ import json
 
 import numpy as np
 import pytest
-import tiny
 from test_commands import run
 
 from flowturbo_jax import ClassToImage
@@ -20,7 +19,7 @@ VERSIONS = {"jax": "0.0.1"}
 def card(tmp_path_factory):
     """All that a card can have, but for an autoencoder."""
     work = tmp_path_factory.mktemp("comparison")
-    pipe = ClassToImage.load(tiny.save_model(work / "m"))
+    pipe = ClassToImage.load("digits")
     plan = pipe.plan("H1P1R1", guidance_interval=(0.1, 0.8))
     with judging.opened("digits", None, (8, 8, 1), work / "reference") as judges:
         found = evaluation.protocol_card(

@@ -63,7 +63,17 @@ def rows_of(out):
     return rows
 
 
-def start(arguments):
+@pytest.fixture
+def processes():
+    """Those started, which end with the test however it ends."""
+    started = []
+    yield started
+    for process in started:
+        process.kill()
+        process.communicate()
+
+
+def start(arguments, processes):
     """Starts the command on one device."""
     environment = {
         **os.environ,
@@ -71,7 +81,7 @@ def start(arguments):
         "XLA_FLAGS": "--xla_force_host_platform_device_count=1",
         "PYTHONUNBUFFERED": "1",
     }
-    return subprocess.Popen(
+    process = subprocess.Popen(
         [sys.executable, "-m", "flowturbo_jax", *arguments],
         cwd=ROOT,
         env=environment,
@@ -79,20 +89,15 @@ def start(arguments):
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
     )
+    processes.append(process)
+    return process
 
 
 def arguments_of(model, folder):
-    return [
-        "evaluate",
-        str(model),
-        "--schedules=H1",
-        f"--samples={SAMPLES}",
-        f"--seeds={','.join(map(str, range(SEEDS)))}",
-        "--batch-size=4",
-        f"--out={folder / 'results.json'}",
-        f"--images={folder / 'png'}",
-        f"--npz={folder / 'npz'}",
-    ]
+    asked = ["evaluate", str(model), "--schedules=H1", f"--samples={SAMPLES}", "--batch-size=4"]
+    places = {"out": "results.json", "images": "png", "npz": "npz"}
+    asked += [f"--{name}={folder / place}" for name, place in places.items()]
+    return [*asked, f"--seeds={','.join(map(str, range(SEEDS)))}"]
 
 
 def images_done(folder):
@@ -109,10 +114,10 @@ def images_done(folder):
 
 @pytest.mark.slow
 def test_killed_and_interrupted_it_ends_as_if_undisturbed_and_as_on_four_devices(
-    model, tmp_path, capsys
+    model, tmp_path, capsys, processes
 ):
     whole, cut = tmp_path / "whole", tmp_path / "cut"
-    code, _, errors = finish(start(arguments_of(model, whole)))
+    code, _, errors = finish(start(arguments_of(model, whole), processes))
     assert code == 0, errors
     arguments = arguments_of(model, cut)
     seed = time.time_ns()
@@ -121,7 +126,7 @@ def test_killed_and_interrupted_it_ends_as_if_undisturbed_and_as_on_four_devices
         before = images_done(cut)
         left = SAMPLES * SEEDS - before
         goal = before + moments.randrange(left // (KILLS + 2 - number))  # each gets some way
-        process = start(arguments)
+        process = start(arguments, processes)
         assert wait_for(lambda goal=goal: images_done(cut) > goal, process), f"seed {seed}"
         if number < KILLS:
             time.sleep(moments.random() * 0.05)
@@ -139,7 +144,7 @@ def test_killed_and_interrupted_it_ends_as_if_undisturbed_and_as_on_four_devices
         assert errors.splitlines()[-1] == "interrupted; the same command goes on where it was"
     before = images_done(cut)
     assert before < SAMPLES * SEEDS
-    code, _, errors = finish(start(arguments))
+    code, _, errors = finish(start(arguments, processes))
     assert code == 0, f"seed {seed}: {errors}"
     bar = re.findall(rf"(\d+)/{SAMPLES} ", errors)
     assert int(bar[0]) in (before % SAMPLES // 4 * 4, SAMPLES)

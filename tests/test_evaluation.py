@@ -39,7 +39,7 @@ def card_of(pipe, judges, plan, **changed):
     return evaluation.protocol_card(pipe, plan, **settings)
 
 
-def measured(pipe, judges, work, *, schedule="H1P1R1", places=None, on_images=max, **changed):
+def measured(pipe, judges, work, *, schedule="H1", places=None, on_images=max, **changed):
     """The scores, without the time."""
     plan = pipe.plan(schedule)
     card = card_of(pipe, judges, plan, **changed)
@@ -98,12 +98,12 @@ def test_images_in_png_and_npz_are_those_of_the_pipeline(pipe, judges, whole, tm
         assert opened.mode == "RGB"
         np.testing.assert_array_equal(np.asarray(opened), np.repeat(image, 3, axis=-1))
     labels = np.arange(SAMPLES) % 10
-    piped = np.asarray(pipe(labels, seeds=3, schedule="H1P1R1", batch_size=BATCH))
+    piped = np.asarray(pipe(labels, seeds=3, schedule="H1", batch_size=BATCH))
     # On four devices a batch is four small ones, which round otherwise: at most by a level.
     assert np.abs(piped.astype(int) - made).max() <= 1
     assert (piped == made).mean() > 0.999
     card = json.loads((places["png"] / "card.json").read_text())
-    assert (card["schedule"], card["seed"]) == ("H1P1R1", 3)
+    assert (card["schedule"], card["seed"]) == ("H1", 3)
     assert "reference" not in card
     assert json.loads(places["npz"].with_suffix(".json").read_text()) == card
 
@@ -215,8 +215,8 @@ def test_a_request_to_stop_in_the_last_batch_is_heard(pipe, judges, whole, tmp_p
 def test_digits_features_have_all_scores_but_the_spatial(pipe, tmp_path):
     with judging.opened("digits", None, (8, 8, 1), tmp_path / "ref") as judges:
         card = card_of(pipe, judges, pipe.plan("H1"))
-        found = measured(pipe, judges, tmp_path / "work", schedule="H1")
-        few = measured(pipe, judges, tmp_path / "few", schedule="H1", samples=3)
+        found = measured(pipe, judges, tmp_path / "work")
+        few = measured(pipe, judges, tmp_path / "few", samples=3)
         few_card = card_of(pipe, judges, pipe.plan("H1"), samples=3)
     names = {"frechet_distance", "inception_score", "precision", "recall", "label_accuracy"}
     assert found.keys() == names
@@ -236,10 +236,10 @@ def test_spatial_features_are_compared_where_both_sides_have_them(pipe, tmp_path
 
     network = metrics.FeatureNetwork("corner", "f00d", extract)
     reference = real_images.measure_reference(data.open_source("digits"), network, count=50)
-    found = measured(pipe, Judges(network, reference), tmp_path / "a", schedule="H1")
+    found = measured(pipe, Judges(network, reference), tmp_path / "a")
     assert found["spatial_frechet_distance"] > 0
     bare = reference._replace(spatial=None, features=None)
-    again = measured(pipe, Judges(network, bare), tmp_path / "b", schedule="H1")
+    again = measured(pipe, Judges(network, bare), tmp_path / "b")
     assert again == {"frechet_distance": found["frechet_distance"]}
     wrong = reference._replace(spatial=reference.pooled)
     with pytest.raises(InputError, match=r"of 4 spatial features by corner; .* digits has 5"):
@@ -279,7 +279,7 @@ def test_a_model_with_an_autoencoder_is_measured_by_its_images(tmp_path):
             "5 reference images",
         ]
         places = {"npz": tmp_path / "a.npz"}
-        found = measured(pipe, judges, tmp_path / "work", schedule="H1", places=places)
+        found = measured(pipe, judges, tmp_path / "work", places=places)
     assert found.keys() == {"frechet_distance", "precision", "recall"}
     with np.load(tmp_path / "a.npz") as stored:
         assert stored["arr_0"].shape == (SAMPLES, 8, 8, 3)
