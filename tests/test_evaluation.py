@@ -8,6 +8,7 @@ import resource
 import jax
 import numpy as np
 import pytest
+import test_mixture
 import tiny
 import tiny_latents
 from PIL import Image
@@ -283,6 +284,18 @@ def test_a_model_with_an_autoencoder_is_measured_by_its_images(tmp_path):
     assert found.keys() == {"frechet_distance", "precision", "recall"}
     with np.load(tmp_path / "a.npz") as stored:
         assert stored["arr_0"].shape == (SAMPLES, 8, 8, 3)
+
+
+def test_a_mixture_is_a_reference_of_so_many_exact_samples(tmp_path, monkeypatch):
+    test_mixture.save(tmp_path / "m")
+    monkeypatch.setattr(judging, "DRAWN", 40)
+    name, shape = f"mixture:{tmp_path / 'm'}", test_mixture.CONFIG.shape
+    with judging.opened("pixels", name, shape, tmp_path / "ref") as judges:
+        reference = judges.reference
+    expected = real_images.measure_reference(data.open_source(name), metrics.PIXELS, count=40)
+    assert (reference.name, reference.pooled.count) == (name, 40)
+    assert reference.fingerprint == expected.fingerprint
+    np.testing.assert_array_equal(reference.features, expected.features)
 
 
 def test_balanced_labels_take_turns_and_random_ones_depend_on_seed_and_index():
