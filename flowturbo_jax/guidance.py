@@ -52,6 +52,17 @@ def check_interval(interval: Any) -> tuple[float, float] | None:
     return None if (low, high) == (0, 1) else (low, high)
 
 
+def inside(t: Any, interval: Interval) -> Any:
+    """Whether guidance acts at a flow time, both ends of the interval included.
+
+    Args:
+      t: a number or an array.
+      interval: first and last flow time of guidance.
+    """
+    low, high = interval
+    return (t >= low - ROUNDING) & (t <= high + ROUNDING)
+
+
 def unguided(
     predictor: PredictorFunction, refiner: RefinerFunction | None, condition: Condition
 ) -> Flow:
@@ -191,8 +202,7 @@ class _Branches:
         return jax.lax.cond(self._guided(t), both, lambda: _twice(conditional()))
 
     def _guided(self, t: Time) -> jax.Array:
-        low, high = self._interval
-        return (t >= low - ROUNDING) & (t <= high + ROUNDING)
+        return inside(t, self._interval)
 
 
 def _twice(velocity: Velocity) -> Branches:

@@ -166,7 +166,12 @@ class Description:
             if not isinstance(fields[key], dict):
                 raise InputError(f"model.json: {key} must be an object")
         try:
-            presets = {name: Preset(**preset) for name, preset in fields["schedules"].items()}
-        except (TypeError, InputError) as error:
+            presets = {name: _read_preset(preset) for name, preset in fields["schedules"].items()}
+        except (TypeError, AttributeError, InputError) as error:
             raise InputError(f"model.json, schedules: {error}") from error
         return cls(**{**fields, "class_names": tuple(classes), "schedules": presets})
+
+
+def _read_preset(fields: Any) -> Preset:
+    interval = fields.get("guidance_interval")
+    return Preset(**{**fields, "guidance_interval": None if interval is None else tuple(interval)})

@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from flowturbo_jax.interfaces import InputError
 
@@ -203,11 +204,19 @@ class Schedule:
         """
         if not isinstance(t_start, jax.core.Tracer) and not 0 <= float(t_start) < 1:
             raise InputError(f"t_start is {float(t_start)}; it must lie in [0, 1), 0 being noise")
-        # Counting down from 1 keeps the last time exactly 1 in every dtype.
-        left = jnp.asarray([self.steps - i for i in range(self.steps + 1)], dtype) / self.steps
-        if self.shift != 1:
-            left = self.shift * left / (1 + (self.shift - 1) * left)
+        left = jnp.asarray(self._left(), dtype)
         return 1 - (1 - jnp.asarray(t_start, dtype)) * left
+
+    def times(self) -> np.ndarray:
+        """The time grid from 0, `[steps + 1]` float32, without compiling anything."""
+        return 1 - self._left().astype(np.float32)
+
+    def _left(self) -> np.ndarray:
+        """The share of the way that is left at each time, from exactly 1 to exactly 0, float64."""
+        s, uniform = self.shift, np.arange(self.steps, -1, -1) / self.steps
+        left = s * uniform / (1 + (s - 1) * uniform)
+        left[0] = 1  # not always, by rounding
+        return left
 
     def intervals(self) -> Sequence[tuple[Run, int, int]]:
         """Each run with the grid index of its first and last time."""

@@ -64,6 +64,7 @@ def train_and_evaluate(config: Any, workdir: str | Path) -> TrainState:
             task = tasks.make_task(config, source)
             if parallel.is_first():
                 resources.enter_context(run_folder.reserved(workdir))
+                run_folder.check_training(workdir)
         identity = _identity(config, source, task)
         parallel.check_same(json.dumps(identity, sort_keys=True), "recipe, data and teacher")
 

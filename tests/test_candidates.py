@@ -7,7 +7,7 @@ from flowturbo_jax.pipelines.candidates import Space
 from flowturbo_jax.pipelines.plan import Plan
 from flowturbo_jax.schedule import Schedule
 
-SPACE = Space(max_evaluations=6, max_refiner_steps=2)
+SPACE = Space(max_evaluations=6, max_refiner_steps=2, modes=("paired", "official"))
 
 
 def plan(text: str, mode: str = "paired") -> Plan:
@@ -52,14 +52,14 @@ def test_a_shift_is_refined_around_the_one_found():
 
 
 def test_other_orders_stay_within_the_limit():
-    for one in Space(max_evaluations=4).beside(plan("H1P2")):
+    for one in Space(max_evaluations=4, modes=("paired",)).beside(plan("H1P2")):
         assert one.schedule.predictor_evaluations <= 4
 
 
 def test_what_is_switched_off_is_not_tried():
     small = Space(modes=("none",), shifts=(), intervals=(), orders=False, refiner_rules=("R",))
     beside = {str(one.schedule) for one in small.beside(plan("H1P2R1", "none")._replace(scale=1.0))}
-    assert beside == {"H1P2R1", "H1P2R1@0.84", "H1P2R1@1.19"}
+    assert beside == {"H1P2R1"}
 
 
 @pytest.mark.parametrize(
@@ -71,7 +71,7 @@ def test_what_is_switched_off_is_not_tried():
         ({"refiner_rules": ()}, "refiner rules"),
         ({"shifts": (0.0,)}, "shift"),
         ({"intervals": ("0.5",)}, "guidance_interval"),
-        ({"modes": ()}, "guidance modes"),
+        ({"modes": ("none", "paired")}, "search them apart"),
         ({"modes": ("paired", "loud")}, "guidance modes"),
     ],
 )

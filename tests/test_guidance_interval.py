@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from flowturbo_jax import guidance
-from flowturbo_jax.interfaces import InputError
+from flowturbo_jax.interfaces import Flow, InputError
 from flowturbo_jax.sampler import sample
 
 MODES = {"paired": guidance.paired, "official": guidance.official}
@@ -49,31 +49,37 @@ def test_predictor_steps_follow_the_velocity_that_is_guided_inside_only(mode, in
         inside = (t >= low) & (t <= high)
         return jnp.where(inside, uncond + 3.0 * (cond - uncond), cond)
 
-    from flowturbo_jax.interfaces import Flow
-
     for schedule in ("E8", "H4", "H1P7"):
         plain = np.asarray(sample(Flow(velocity), NOISE, schedule))
         np.testing.assert_allclose(run(mode, schedule, 3.0, interval), plain, atol=1e-5)
 
 
-def test_refiner_steps_after_the_interval_refine_the_conditional_velocity_alone():
-    h, dt = 0.25, 0.25
-    memory = []
+@pytest.mark.parametrize(("end", "ends_inside"), [(0.5, False), (0.8, False), (1.0, True)])
+@pytest.mark.parametrize("chained", [False, True])
+def test_refiner_steps_guide_at_the_times_that_are_inside(end, ends_inside, chained):
+    dt, scale = 0.25, 3.0
 
-    def spy(x, t, condition):
-        return predictor(x, t, condition)
+    def moves(cond, uncond, inside):
+        return uncond + scale * (cond - uncond) if inside else cond
 
-    flow = guidance.paired(spy, refiner, LABELS, NULL, 3.0, interval=(0.0, 0.5))
-    got = sample(flow, NOISE, "E3R1")
+    flow = guidance.paired(predictor, refiner, LABELS, NULL, scale, interval=(0.0, end))
     x = NOISE
     for i in range(3):
-        t = i * h
-        cond, uncond = predictor(x, t, LABELS), predictor(x, t, NULL)
-        memory = cond  # what the step after the interval starts from
-        x = x + dt * (uncond + 3.0 * (cond - uncond))
-    d0 = memory + refiner(x, memory, 0.75, LABELS)
-    d1 = d0 + refiner(x + dt * d0, memory, 1.0, LABELS)
-    np.testing.assert_allclose(got, x + dt / 2 * (d0 + d1), atol=1e-5)
+        cond, uncond = predictor(x, i * dt, LABELS), predictor(x, i * dt, NULL)
+        x = x + dt * moves(cond, uncond, True)
+    # The R step from 3/4 to 1: its first velocity is inside for ends from 3/4 on, its second for 1.
+    starts_inside = end >= 0.75
+    if not starts_inside:
+        uncond = cond  # what is remembered counts as unguided from there on
+    cond0 = cond + refiner(x, cond, 0.75, LABELS)
+    uncond0 = uncond + refiner(x, uncond, 0.75, NULL) if starts_inside else cond0
+    d0 = moves(cond0, uncond0, starts_inside)
+    seen, seen_uncond = (cond0, uncond0) if chained else (cond, uncond)
+    cond1 = cond0 + refiner(x + dt * d0, seen, 1.0, LABELS)
+    uncond1 = uncond0 + refiner(x + dt * d0, seen_uncond, 1.0, NULL)
+    d1 = moves(cond1, uncond1, ends_inside)
+    got = sample(flow, NOISE, "E3Rc1" if chained else "E3R1")
+    np.testing.assert_allclose(got, x + dt / 2 * (d0 + d1), atol=2e-5)
 
 
 @pytest.mark.parametrize("mode", MODES)

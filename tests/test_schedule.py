@@ -314,3 +314,17 @@ def test_nonsense_for_a_shift_is_refused(text):
 def test_a_shift_that_is_no_number_in_range_is_refused(shift):
     with pytest.raises(InputError, match="shift"):
         Schedule((Run("H", 2),), shift)
+
+
+@pytest.mark.parametrize("text", ["H1", "H3", "H7P6", "H8@0.35", "H11@3", "E100@0.71"])
+def test_times_are_the_grid_bit_for_bit(text):
+    schedule = Schedule.parse(text)
+    np.testing.assert_array_equal(schedule.times(), schedule.time_grid())
+
+
+@pytest.mark.parametrize("t_start", [0.0, 0.3])
+def test_a_shifted_grid_starts_and_ends_exactly(t_start):
+    for shift in np.geomspace(0.02, 50, 40):
+        for steps in (1, 13):
+            grid = np.asarray(Schedule((Run("H", steps),), float(shift)).time_grid(t_start))
+            assert (grid[0], grid[-1]) == (np.float32(1) - (np.float32(1) - np.float32(t_start)), 1)

@@ -11,6 +11,7 @@ from test_commands import run
 
 import flowturbo_jax as ft
 import sample as sample_script
+from flowturbo_jax import model_directory
 from flowturbo_jax.__main__ import main as package_main
 from flowturbo_jax.interfaces import InputError
 from flowturbo_jax.model_description import Preset
@@ -98,8 +99,8 @@ def test_a_metric_ranks_finalists_and_its_correlation_is_reported(model, tmp_pat
     report = json.loads((tmp_path / "tune.json").read_text())
     metrics = [row["frechet_distance"] for row in report["finalists"]]
     best = report["recommended"]["best"]["frechet_distance"]
-    chosen = [row["frechet_distance"] for row in report["finalists"] if row["schedule"] != "H2"]
-    assert best == min(chosen)
+    assert best == min(metrics)
+    assert not list(tmp_path.glob("scores/*/*.rows"))
     assert len(set(metrics)) > 1
     assert -1 <= report["rank_correlation"] <= 1
     assert "rank correlation of error and frechet_distance" in capsys.readouterr().out
@@ -118,6 +119,10 @@ def test_a_metric_ranks_finalists_and_its_correlation_is_reported(model, tmp_pat
         (["--baselines=Q3"], "unknown block 'Q'"),
         (["--finalists=1"], "at least 2"),
         (["--dtype=int4"], "dtype is 'int4'"),
+        (["--seed=-1"], "seed is -1"),
+        (["--modes=none,paired"], "search them apart"),
+        (["--samples=40"], "mean nothing without --metric"),
+        (["--reference=digits"], "mean nothing without --metric"),
     ],
 )
 def test_bad_input_is_one_clear_line(model, tmp_path, capsys, arguments, message):
@@ -159,3 +164,28 @@ def test_presets_a_model_cannot_do_are_refused(tmp_path):
         tiny.description().__class__(
             **{**vars(tiny.description()), "schedules": {"quick": Preset("H1", "none")}}
         )
+
+
+def test_a_preset_says_how_to_guide_unless_another_mode_is_asked_for(model, tmp_path):
+    copy = tmp_path / "m"
+    shutil.copytree(model, copy)
+    presets = {"fast": Preset("H1P1", "official", (0.0, 0.5)), "best": Preset("H2", "paired")}
+    model_directory.write_schedules(copy, presets)
+    pipe = ft.ClassToImage.load(copy)
+    assert pipe.plan("fast")[1:] == ("official", 1.5, (0.0, 0.5))
+    assert pipe.plan("fast", guidance="official") == pipe.plan("fast")
+    assert pipe.plan("fast", guidance="paired")[1:] == ("paired", 1.5, None)
+    assert pipe.plan("fast", guidance_interval="0.2:0.4").interval == (0.2, 0.4)
+    assert pipe.plan("fast", 3.0).scale == 3.0
+    assert pipe.plan("best").interval is None
+    cut = np.asarray(pipe([1, 2], schedule="fast", guidance_scale=9.0), np.int32)
+    whole = np.asarray(pipe([1, 2], schedule="H1P1", guidance="official", guidance_scale=9.0))
+    assert np.abs(cut - whole).max() > 0
+
+
+def test_scores_of_which_more_is_better_rank_the_other_way(model, tmp_path):
+    arguments = ["tune", str(model), f"--out={tmp_path}", *QUICK, "--metric=precision"]
+    assert run(package_main, *arguments, "--samples=40") == 0
+    report = json.loads((tmp_path / "tune.json").read_text())
+    best = report["recommended"]["best"]["precision"]
+    assert best == max(row["precision"] for row in report["finalists"])

@@ -1,5 +1,6 @@
 """The search for schedules, on exact flows where the answer is known; what it keeps and resumes."""
 
+import dataclasses
 import json
 
 import numpy as np
@@ -136,7 +137,8 @@ def test_an_interrupted_search_goes_on_and_finds_the_same(mixture, tmp_path):
     cut = Tuner(mixture, mixture, tmp_path / "b", cost=evaluations, on_progress=interrupt, **SMALL)
     with pytest.raises(KeyboardInterrupt):
         cut.search(space, baseline)
-    known = json.loads((tmp_path / "b" / "screened.json").read_text())["results"]
+    (file,) = (tmp_path / "b").glob("measured-*.json")
+    known = json.loads(file.read_text())["results"]
     assert len(known) >= 20
     again = Tuner(mixture, mixture, tmp_path / "b", cost=evaluations, **SMALL)
     assert again.search(space, baseline) == whole.search(space, baseline)
@@ -149,18 +151,119 @@ def test_numbers_of_another_model_or_seed_are_not_used(mixture, tmp_path):
     assert other.screen([plan], 16, "")[0].error != first[0].error
 
 
-def test_a_finalist_is_timed_compiled(tuner, mixture):
-    found = tuner.finalist(mixture.plan("H1P2"), repeats=2)
-    assert found.ms_per_image > 0
-    assert found.error == found.badness == tuner.error(mixture.plan("H1P2"), 32)
+def test_finalists_are_timed_compiled_and_without_their_compilation(tuner, mixture, monkeypatch):
+    plans = [mixture.plan("H1P3"), mixture.plan("H2P2")]
+    seconds = iter([100.0, 100.0, 3.0, 5.0, 1.0, 50.0, 2.0, 4.0])  # the first of each compiles
+    monkeypatch.setattr(Tuner, "_call", lambda self, plan: next(seconds))
+    found = tuner.finalists(plans, repeats=3)
+    assert [one.ms_per_image for one in found] == [1e3, 2.5e3]  # medians, of two images
+    assert [one.error for one in found] == [tuner.error(plan, 32) for plan in plans]
+    # And they stay as they are, so that a second command recommends the same.
+    assert tuner.finalists(plans, repeats=3) == found
+
+
+def test_a_call_of_the_compiled_sampler_takes_time(tuner, mixture):
+    assert 0 < tuner._call(mixture.plan("H1")) < 60
+
+
+def changed(pipe, **fields):
+    """The pipe of a model with other networks or another description."""
+    return ft.ClassToImage(dataclasses.replace(pipe.model, **fields))
+
+
+def test_numbers_of_another_model_are_not_used(mixture, tmp_path, monkeypatch):
+    plan = mixture.plan("H1P2")
+    Tuner(mixture, mixture, tmp_path, cost=evaluations, **SMALL).screen([plan], 16, "")
+    moved = {**mixture.model.predictor_params, "means": mixture.model.predictor_params["means"] + 1}
+    others = {
+        "parameters": changed(mixture, predictor_params=moved),
+        "guided channels": changed(
+            mixture, description=dataclasses.replace(mixture.model.description, guided_channels=1)
+        ),
+    }
+    measured = []
+    monkeypatch.setattr(Tuner, "error", lambda self, *_: measured.append(1) or 0.5)
+    for name, pipe in others.items():
+        Tuner(pipe, pipe, tmp_path, cost=evaluations, **SMALL).screen([plan], 16, "")
+        assert measured.pop(), name
+    for fields in ({"seed": 1}, {"latency_batch": 3}):
+        other = Tuner(mixture, mixture, tmp_path, cost=evaluations, **{**SMALL, **fields})
+        other.screen([plan], 16, "")
+        assert measured.pop(), fields
+    Tuner(mixture, mixture, tmp_path, cost=evaluations, **SMALL).screen([plan], 16, "")
+    assert not measured
+
+
+def test_numbers_of_another_dtype_are_not_used(tmp_path, monkeypatch):
+    directory = tiny.save_model(tmp_path / "m")
+    measured = []
+    monkeypatch.setattr(Tuner, "error", lambda self, *_: measured.append(1) or 0.5)
+    for dtype in ("float32", "bfloat16", "float32"):
+        pipe = ft.ClassToImage.load(directory, dtype)
+        Tuner(pipe, pipe, tmp_path, cost=evaluations, **SMALL).screen([pipe.plan("H1")], 16, "")
+    assert len(measured) == 2
+
+
+def test_plans_that_differ_in_the_last_digit_are_told_apart(tuner, mixture, monkeypatch):
+    measured = []
+    monkeypatch.setattr(Tuner, "error", lambda self, *_: measured.append(1) or 0.5)
+    plans = [mixture.plan("H2P1", scale) for scale in (1.75, 1.7500001)]
+    plans += [mixture.plan("H2P1", 1.75, "paired", (0.1, end)) for end in (0.5, 0.50000001)]
+    tuner.screen([*plans, mixture.plan("H2P1", 1.75, "official")], 16, "")
+    assert len(measured) == 5
+
+
+def test_fine_solutions_of_other_problems_are_kept_apart(mixture, tmp_path):
+    noise, labels = np.ones((2, 2, 2, 1), np.float32), np.zeros(2, np.int32)
+    moved = {**mixture.model.predictor_params, "means": mixture.model.predictor_params["means"] + 1}
+    partial = dataclasses.replace(mixture.model.description, guided_channels=1)
+    problems = [
+        (mixture, noise, labels, mixture.plan("H1")),
+        (mixture, 2 * noise, labels, mixture.plan("H1")),
+        (mixture, noise, labels + 1, mixture.plan("H1")),
+        (mixture, noise, labels, mixture.plan("H1", 1.6)),
+        (mixture, noise, labels, mixture.plan("H1", guidance="none")),
+        (changed(mixture, predictor_params=moved), noise, labels, mixture.plan("H1")),
+        (changed(mixture, description=partial), noise, labels, mixture.plan("H1", 1.5, "official")),
+    ]
+    for problem in problems:
+        fine_solution.fine_solution(*problem, tmp_path)
+    assert len(list(tmp_path.glob("*.npz"))) == len(problems)
+
+
+def test_errors_are_of_the_model_as_it_computes_not_of_its_exact_twin(mixture, tmp_path):
+    moved = {**mixture.model.predictor_params, "means": mixture.model.predictor_params["means"] + 1}
+    coarse = changed(mixture, predictor_params=moved)
+    plan = mixture.plan("H1P6")
+    assert Tuner(coarse, mixture, tmp_path, cost=evaluations, **SMALL).error(plan, 16) > 0.3
+
+
+def test_the_official_mode_of_some_channels_has_a_fine_solution_of_its_own(tmp_path):
+    pipe = ft.ClassToImage.load(tiny.save_model(tmp_path / "m", in_channels=4))
+    description = dataclasses.replace(pipe.model.description, guided_channels=3)
+    pipe = changed(pipe, description=description)
+    tuner = Tuner(pipe, pipe, tmp_path, cost=evaluations, noises=8, latency_batch=1)
+    for mode in ("paired", "official"):
+        assert tuner.error(pipe.plan("H24", 3.0, mode), 8) < 0.05
+    assert len(list((tmp_path / "solutions").glob("*.npz"))) == 2
+
+
+def test_labels_of_the_first_screen_are_spread_over_many_classes(tmp_path):
+    pipe = ft.ClassToImage.load(tiny.save_model(tmp_path / "m"))
+    labels = Tuner(pipe, pipe, tmp_path, noises=128, cost=evaluations).labels
+    assert len(set(labels[:16])) == 10
+    assert np.bincount(labels, minlength=10).min() >= 12
 
 
 def test_a_space_is_cut_to_what_the_model_can_do(mixture, tmp_path):
     space = tuning.space_for(mixture, Space())
     assert space.max_refiner_steps == 0
     assert space.modes == ("paired", "official")
+    assert tuning.space_for(mixture, Space(modes=("none",))).modes == ("none",)
     unguided = ft.ClassToImage.load(tiny.save_model(tmp_path / "m", null_class=False))
     assert tuning.space_for(unguided, Space()).modes == ("none",)
+    with pytest.raises(InputError, match="cannot be guided"):
+        tuning.space_for(unguided, Space(modes=("paired",)))
 
 
 def test_few_noises_are_refused(mixture, tmp_path):

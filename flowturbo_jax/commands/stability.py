@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from flowturbo_jax import plots
+from flowturbo_jax import plots, run_folder
 from flowturbo_jax.commands.entry import LineParser, one_line
 from flowturbo_jax.commands.progress import images_done
 from flowturbo_jax.guidance import check_interval
@@ -40,15 +40,16 @@ def main(argv: Sequence[str]) -> None:
     model, plan, samples, card = _request(args)
     out = Path(args.out)
     _check_writable(out)
-    rows = stability.open_rows(out / ".stability.work", card)
-    with images_done("stability", "trajectory") as show:
-        measured = stability.measure(
-            model, plan, samples, rows, batch_size=args.batch_size, on_images=show
-        )
-    result, verdict = report(card, measured, args.safe_below)
-    plots.save(draw(result, verdict), out / "stability")
-    _write(out / "stability.json", result)
-    rows.remove()
+    with run_folder.reserved(out, "--out"):
+        rows = stability.open_rows(out / ".stability.work", card)
+        with images_done("stability", "trajectory") as show:
+            measured = stability.measure(
+                model, plan, samples, rows, batch_size=args.batch_size, on_images=show
+            )
+        result, verdict = report(card, measured, args.safe_below)
+        plots.save(draw(result, verdict), out / "stability")
+        _write(out / "stability.json", result)
+        rows.remove()
     print(table(result), end="\n\n")
     print(verdict.sentence)
     if card["dtype"] != "float32":

@@ -14,25 +14,29 @@ import argparse
 import contextlib
 import hashlib
 import json
+import math
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from flowturbo_jax import model_directory, plots, run_folder
+from flowturbo_jax import model_directory, run_folder
+from flowturbo_jax.commands import tune_plot
 from flowturbo_jax.commands.entry import LineParser, one_line
 from flowturbo_jax.commands.progress import images_done, say
 from flowturbo_jax.interfaces import InputError
 from flowturbo_jax.pipelines import evaluation, fronts, judging, tuning
 from flowturbo_jax.pipelines.candidates import Space
 from flowturbo_jax.pipelines.class_to_image import ClassToImage
-from flowturbo_jax.pipelines.fronts import Finalist, Screened
+from flowturbo_jax.pipelines.fine_solution import TOLERANCE
+from flowturbo_jax.pipelines.fronts import Finalist
 from flowturbo_jax.pipelines.judging import Judges
 from flowturbo_jax.pipelines.tuning import Tuner
 
 LOWER = ("frechet_distance", "spatial_frechet_distance")
 HIGHER = ("inception_score", "precision", "recall", "label_accuracy")
 DEFAULTS = Space()
+SAMPLES = 5000
 
 
 def main(argv: Sequence[str]) -> None:
@@ -40,19 +44,29 @@ def main(argv: Sequence[str]) -> None:
     args = _parser().parse_args(argv[1:])
     if args.metric is not None and args.metric not in LOWER + HIGHER:
         raise InputError(f"--metric is {args.metric!r}; it can be {', '.join(LOWER + HIGHER)}")
-    if args.finalists < 2 or args.samples < 2:
+    if args.finalists < 2 or (args.samples is not None and args.samples < 2):
         raise InputError("--finalists and --samples must be at least 2")
+    if args.metric is None and (args.features or args.reference or args.samples):
+        raise InputError("--samples, --features and --reference mean nothing without --metric")
     pipe = ClassToImage.load(args.model_dir, args.dtype)
     exact = pipe if args.dtype == "float32" else ClassToImage.load(args.model_dir, "float32")
     space = tuning.space_for(pipe, _space(args))
-    baselines = [pipe.plan(text, guidance=space.modes[0]) for text in args.baselines.split(",")]
+    asked = (args.guidance_scale, space.modes[0])
+    baselines = [pipe.plan(text, *asked) for text in args.baselines.split(",")]
     out = Path(args.out)
-    with run_folder.reserved(out), contextlib.ExitStack() as stack:
+    with run_folder.reserved(out, "--out"), contextlib.ExitStack() as stack:
         judges = None
         if args.metric is not None:
             shape = pipe.model.description.image_shape
             judges = stack.enter_context(
-                judging.opened(args.features, args.reference, shape, out / "reference", say)
+                judging.opened(
+                    args.features,
+                    args.reference,
+                    shape,
+                    out / "reference",
+                    say,
+                    classes=pipe.model.description.predictor.num_classes,
+                )
             )
             judging.check_fits(shape, judges)
         with _progress() as show:
@@ -68,21 +82,25 @@ def main(argv: Sequence[str]) -> None:
             )
             front = tuner.search(space, baselines[0])
             chosen = [one.plan for one in fronts.thinned(front, args.finalists)]
-            plans = list(dict.fromkeys([*baselines, *chosen]))
-            measured = []
-            for number, plan in enumerate(plans):
-                found = tuner.finalist(plan)
-                measured.append(_judged(pipe, found, judges, args, out))
-                show("finalists", number + 1, len(plans))
-        finalists = {found.plan: found for found in measured}
-        recommended = fronts.recommend(
-            [finalists[plan] for plan in chosen], finalists[baselines[0]]
-        )
+            measured = tuner.finalists(list(dict.fromkeys([*baselines, *chosen])))
+        if judges is not None:
+            measured = [_judged(pipe, found, judges, args, out) for found in measured]
+        baseline = measured[0]
+        recommended = fronts.recommend(measured, baseline)
         report = _report(pipe, args, space, measured, recommended, judges)
         _write(out / "tune.json", report)
-        draw(out / "tune", tuner.screened, measured, recommended, args.metric)
+        tune_plot.draw(
+            out / "tune",
+            tuner.screened,
+            measured,
+            recommended,
+            args.metric,
+            args.metric in LOWER,
+        )
     print(table(measured, recommended, args.metric))
-    if "rank_correlation" in report:
+    if recommended["fast"].plan == baseline.plan:
+        print(f"warning: nothing cheaper is as good as {fronts.described(baseline.plan)}")
+    if report["rank_correlation"] is not None:
         print(f"rank correlation of error and {args.metric}: {report['rank_correlation']:.3f}")
     if args.write:
         presets = {name: fronts.preset(found.plan) for name, found in recommended.items()}
@@ -100,7 +118,8 @@ def _parser() -> LineParser:
     add("--out", required=True, help="folder of the results, continued if it exists")
     add("--max-evaluations", type=int, default=DEFAULTS.max_evaluations, help="at most (12)")
     add("--max-refiner-steps", type=int, default=DEFAULTS.max_refiner_steps, help="at most (4)")
-    add("--modes", default=",".join(DEFAULTS.modes), help="guidance modes (paired,official)")
+    add("--modes", default="", help="guidance modes; the model's own and the other one")
+    add("--guidance-scale", type=float, help="the model's default")
     add("--rules", default=",".join(DEFAULTS.refiner_rules), help="refiner rules (R,Rc)")
     shifts = ",".join(f"{shift:g}" for shift in DEFAULTS.shifts)
     add("--shifts", default=shifts, help=f"of the time grid, beside 1 ({shifts})")
@@ -111,11 +130,11 @@ def _parser() -> LineParser:
     add("--finalists", type=int, default=10, help="to compile and time (10)")
     add("--baselines", default="H8,H4", help="to compare with, the first to be reached (H8,H4)")
     add("--metric", help=f"also judge finalists by: {', '.join(LOWER + HIGHER)}")
-    add("--samples", type=int, default=5000, help="of the metric (5000)")
+    add("--samples", type=int, help=f"of the metric ({SAMPLES})")
     add("--features", help="of the metric, as in evaluate")
     add("--reference", help="of the metric, as in evaluate")
     add("--seed", type=int, default=0, help="of the noises (0)")
-    add("--batch-size", type=int, default=64, help="noises at once (64)")
+    add("--batch-size", type=int, default=64, help="noises solved, samples judged at once (64)")
     add("--latency-batch", type=int, default=8, help="images of a timed call (8)")
     add("--dtype", default="float32", help="float32 or bfloat16 (float32)")
     add("--write", action="store_true", help="put the schedules found into the model directory")
@@ -164,22 +183,32 @@ def _judged(
     if judges is None:
         return found
     card = evaluation.protocol_card(
-        pipe, found.plan, seed=args.seed, samples=args.samples, batch_size=250, judges=judges
+        pipe,
+        found.plan,
+        seed=args.seed,
+        samples=args.samples or SAMPLES,
+        batch_size=args.batch_size,
+        judges=judges,
     )
     key = hashlib.sha256(json.dumps(card, sort_keys=True).encode()).hexdigest()[:16]
     file = out / "scores" / f"{key}.json"
     try:
         scores = json.loads(file.read_text())
     except (OSError, ValueError):
-        scores = evaluation.measure(pipe, found.plan, judges, card, out / "scores" / key)
+        with images_done(fronts.described(found.plan)) as show:
+            scores = evaluation.measure(
+                pipe, found.plan, judges, card, out / "scores" / key, on_images=show
+            )
         _write(file, scores)
+        judging.remove(out / "scores" / key)
     if args.metric not in scores:
         raise InputError(
             f"--metric {args.metric} cannot be had from these features and this reference; there "
             f"are {', '.join(scores)}"
         )
     value = scores[args.metric]
-    return found._replace(scores=scores, badness=value if args.metric in LOWER else 1 / value)
+    badness = value if args.metric in LOWER else 1 / max(value, 1e-9)
+    return found._replace(scores=scores, badness=badness)
 
 
 def _report(
@@ -205,16 +234,27 @@ def _report(
     for key in ("guidance", "guidance_interval", "guided_channels"):
         del card[key]
     if judges is not None:
-        card["metric_samples"] = args.samples
+        card["metric"], card["metric_samples"] = args.metric, args.samples or SAMPLES
     report: dict[str, Any] = {
         "card": card,
         "space": vars(space),
+        "error": {
+            "what": "mean of |z - z*| / |z*| over noises",
+            "fine_solution": "Tsit5, guided all of the time, in float32",
+            "tolerance": TOLERANCE,
+        },
+        "baseline": fronts.described(measured[0].plan),
         "recommended": {name: _row(found) for name, found in recommended.items()},
         "finalists": [_row(found) for found in measured],
     }
-    if args.metric is not None and len(measured) > 2:
-        report["rank_correlation"] = fronts.rank_correlation(measured)
+    correlation = fronts.rank_correlation(measured) if args.metric and len(measured) > 2 else None
+    report["rank_correlation"] = _finite(correlation)
     return report
+
+
+def _finite(number: float | None) -> float | None:
+    """A number as JSON can hold it: None if it is not finite."""
+    return number if number is not None and math.isfinite(number) else None
 
 
 def _row(found: Finalist) -> dict[str, Any]:
@@ -227,7 +267,7 @@ def _row(found: Finalist) -> dict[str, Any]:
         "predictor_evaluations": plan.schedule.predictor_evaluations,
         "refiner_evaluations": plan.schedule.refiner_evaluations,
         "ms_per_image": found.ms_per_image,
-        "error": found.error,
+        "error": _finite(found.error),
         **found.scores,
     }
 
@@ -236,7 +276,7 @@ def _write(path: Path, content: Any) -> None:
     draft = path.with_name(f".{path.name}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        draft.write_text(json.dumps(content, indent=1) + "\n")
+        draft.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n")
         os.replace(draft, path)
     except OSError as error:
         raise InputError(f"cannot write {path}: {error.strerror}; choose another --out") from error
@@ -260,60 +300,3 @@ def table(
         cells += [f"{found.scores[metric]:.4f}"] if metric else []
         lines.append([*cells, ", ".join(names.get(found.plan, []))])
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
-
-
-def draw(
-    stem: Path,
-    screened: Sequence[Screened],
-    measured: Sequence[Finalist],
-    recommended: dict[str, Finalist],
-    metric: str | None,
-) -> None:
-    """Draws error (and metric) over time, as STEM.png and STEM.svg."""
-    from matplotlib.ticker import LogLocator, NullFormatter
-
-    with plots.style():
-        figure, axes = plots.panels(2 if metric else 1)
-        values = [("distance from the fine solution", lambda found: found.error)]
-        if metric:
-            values.append((metric.replace("_", " "), lambda found: found.scores[metric]))
-        chosen = {found.plan for found in recommended.values()}
-        for panel, (label, value) in zip(axes, values, strict=True):
-            if label == values[0][0]:
-                ms = [1e3 * one.cost for one in screened]
-                errors = [one.error for one in screened]
-                panel.plot(ms, errors, ".", color=plots.QUIET_INK, alpha=0.35, label="screened")
-            for group, colour, mark, name in (
-                ([f for f in measured if f.plan not in chosen], plots.BLUE, "o", "measured"),
-                (list(recommended.values()), plots.VERMILION, "D", "recommended"),
-            ):
-                panel.plot(
-                    [found.ms_per_image for found in group],
-                    [value(found) for found in group],
-                    mark,
-                    color=colour,
-                    label=name,
-                )
-            named: dict[Any, list[str]] = {}
-            for name, found in recommended.items():
-                named.setdefault(found.plan, []).append(name)
-            for found in measured:
-                names = named.get(found.plan)
-                text = str(found.plan.schedule)
-                panel.annotate(
-                    f"{', '.join(names)}: {text}" if names else text,
-                    (found.ms_per_image, value(found)),
-                    xytext=(4, 4),
-                    textcoords="offset points",
-                    fontsize=6.5,
-                    color=plots.INK,
-                )
-            for axis, scale in ((panel.xaxis, "x"), (panel.yaxis, "y")):
-                panel.set(**{f"{scale}scale": "log"})
-                axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-                axis.set_major_formatter("{x:g}")
-                axis.set_minor_formatter(NullFormatter())
-            panel.set_xlabel("ms per image, compiled")
-            panel.set_ylabel(label)
-        axes[0].legend()
-        plots.save(figure, stem)

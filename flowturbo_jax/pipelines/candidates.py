@@ -7,7 +7,7 @@ from itertools import permutations
 from flowturbo_jax.guidance import MODES, check_interval
 from flowturbo_jax.interfaces import InputError
 from flowturbo_jax.pipelines.plan import Plan
-from flowturbo_jax.schedule import Run, Schedule
+from flowturbo_jax.schedule import MAX_SHIFT, Run, Schedule
 
 REFINERS = ("R", "Rc")
 
@@ -19,7 +19,8 @@ class Space:
     Attributes:
       max_evaluations: predictor evaluations of a sample, at most.
       max_refiner_steps: R steps, at most; 0 without a refiner.
-      modes: guidance modes; the first is where the search starts.
+      modes: guidance modes, the first of which is where the search starts; () for the model's own
+        and, where that guides, the other one.
       refiner_rules: "R" (the official sampler's rule), "Rc" (the chained one) or both.
       shifts: of the time grid, beside 1.
       intervals: of guidance, text such as "0.1:1", beside all of the time.
@@ -28,7 +29,7 @@ class Space:
 
     max_evaluations: int = 12
     max_refiner_steps: int = 4
-    modes: tuple[str, ...] = ("paired", "official")
+    modes: tuple[str, ...] = ()
     refiner_rules: tuple[str, ...] = REFINERS
     shifts: tuple[float, ...] = (0.35, 0.5, 0.71, 1.41, 2.0)
     intervals: tuple[str, ...] = ("0:0.8", "0.1:1", "0.2:1")
@@ -43,8 +44,13 @@ class Space:
             raise InputError(
                 f"refiner rules are to be {self.refiner_rules}; known are {', '.join(REFINERS)}"
             )
-        if not self.modes or set(self.modes) - set(MODES):
+        if set(self.modes) - set(MODES):
             raise InputError(f"guidance modes are to be {self.modes}; known are {', '.join(MODES)}")
+        if "none" in self.modes and len(self.modes) > 1:
+            raise InputError(
+                "guidance 'none' makes other images than the guided modes, and cannot be compared "
+                "with them; search them apart"
+            )
         for shift in self.shifts:
             Schedule((Run("H", 1),), shift)
         for interval in self.intervals:
@@ -70,9 +76,11 @@ class Space:
     def beside(self, plan: Plan) -> Iterator[Plan]:
         """Plans that differ from one in one thing: grid, rule, order, mode or interval."""
         schedule = plan.schedule
-        for shift in (1.0, *self.shifts, *(schedule.shift * factor for factor in (0.84, 1.19))):
-            if 0.05 <= shift <= 20:
-                yield plan._replace(schedule=dataclasses.replace(schedule, shift=shift))
+        if self.shifts:
+            around = (schedule.shift * factor for factor in (0.84, 1.19))
+            for shift in (1.0, *self.shifts, *around):
+                if 1 / MAX_SHIFT <= shift <= MAX_SHIFT:
+                    yield plan._replace(schedule=dataclasses.replace(schedule, shift=shift))
         for rule in self.refiner_rules:
             runs = tuple(
                 Run(rule, run.steps) if run.block in REFINERS else run for run in schedule.runs

@@ -45,6 +45,8 @@ class ClassToImage:
         # The VAE's group norms want their parameters in float32.
         vae = model.vae_params or {}
         self._decoder = jax.tree.map(jnp.asarray, {k: v for k, v in vae.items() if k == "decoder"})
+        self._mapped: dict[Any, Callable[..., Any]] = {}  # programs over all devices
+        self._replicated: Any = None  # the parameters on each of them
 
     @classmethod
     def load(cls, directory: str | Path, dtype: str = "float32") -> "ClassToImage":
@@ -150,14 +152,19 @@ class ClassToImage:
           `(seeds [B], indices [B], labels [B]) -> (images [B, H, W, C] uint8, finite [B] bool)`;
           B has to split evenly over the devices.
         """
-        static, (scale, interval) = self._static(plan), plan.arguments
+        static, given = self._static(plan), plan.arguments
+        selected = (plan.schedule, plan.guidance, plan.interval is None)
+        if selected not in self._mapped:
 
-        def share(frozen: Any, batch: Any) -> Any:
-            params, decoder, scale, interval = frozen
-            return programs.generate(params, decoder, *batch, scale, interval, **static)
+            def share(frozen: Any, batch: Any) -> Any:
+                (params, decoder), given = frozen
+                return programs.generate(params, decoder, *batch, *given, **static)
 
-        mapped = parallel.map_batch(share)
-        frozen = parallel.replicate((self.params, self._decoder, scale, interval))
+            self._mapped[selected] = parallel.map_batch(share)
+        mapped = self._mapped[selected]
+        if self._replicated is None:
+            self._replicated = parallel.replicate((self.params, self._decoder))
+        frozen = (self._replicated, parallel.replicate(given))
         return lambda seeds, indices, labels: mapped(frozen, (seeds, indices, labels))
 
     def _sample_images(self, seeds: Any, indices: Any, labels: Any, plan: Plan) -> ImageBytes:

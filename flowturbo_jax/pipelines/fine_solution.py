@@ -113,6 +113,7 @@ def _key(pipe: ClassToImage, noise: np.ndarray, labels: np.ndarray, plan: Plan) 
     description = pipe.model.description
     identity = {
         "predictor": pipe.model.fingerprints["predictor"],
+        "network": repr(pipe.model.predictor),
         "guidance": plan.guidance,
         "scale": float(plan.scale),
         "guided_channels": description.guided_channels if plan.guidance == "official" else None,

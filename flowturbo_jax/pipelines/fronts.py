@@ -103,11 +103,13 @@ def recommend(finalists: Sequence[Finalist], baseline: Finalist) -> dict[str, Fi
 
 
 def rank_correlation(finalists: Sequence[Finalist]) -> float:
-    """Spearman's rank correlation of error and badness, 1 where both rank alike."""
+    """Spearman's rank correlation of error and badness, 1 where both rank alike; NaN if all tie."""
     from scipy.stats import spearmanr
 
-    found = spearmanr([one.error for one in finalists], [one.badness for one in finalists])
-    return float(found.statistic)
+    columns = [[one.error for one in finalists], [one.badness for one in finalists]]
+    if any(len(set(column)) == 1 for column in columns):
+        return float("nan")  # nothing is ranked
+    return float(spearmanr(*columns).statistic)
 
 
 def preset(plan: Plan) -> Preset:

@@ -54,9 +54,10 @@ def resolve(
       schedule: a schedule, or "fast", "balanced" or "best" where the model has such presets, which
         also say how to guide; H1P5R3 if None.
       scale: guidance scale, a number or an array `[]`; the model's default if None.
-      mode: "paired", "official" or "none"; that of the preset or the model if None, but "paired"
-        where that is "none" and a scale is given.
-      interval: two flow times, or an array `[2]`; that of the preset, or all of the time, if None.
+      mode: "paired", "official" or "none"; that of the preset or of the model if None, but "paired"
+        where the model's is "none" and a scale is given.
+      interval: two flow times, text such as "0.1:0.8", or an array `[2]`; if None that of the
+        preset, unless another mode is asked for, or all of the time.
 
     Raises:
       InputError: the model cannot be sampled so.
@@ -71,9 +72,9 @@ def resolve(
             )
         preset = description.schedules[name]
         schedule = preset.schedule
-        if mode is None:
-            mode = preset.guidance
-            interval = preset.guidance_interval if interval is None else interval
+        mode = preset.guidance if mode is None else mode
+        if interval is None and mode == preset.guidance:
+            interval = preset.guidance_interval
     schedule = Schedule.parse(schedule)
     if schedule.needs_refiner and description.refiner is None:
         raise InputError(

@@ -14,7 +14,7 @@ from jaxtyping import Array, Bool
 
 from flowturbo_jax import guidance as guide
 from flowturbo_jax import images, path, sampler
-from flowturbo_jax.interfaces import Flow, ImageBytes, Labels, Latents
+from flowturbo_jax.interfaces import Flow, ImageBytes, Images, Labels, Latents
 from flowturbo_jax.model_directory import Model
 from flowturbo_jax.models.tiles import tiled
 from flowturbo_jax.models.vae import Moments
@@ -116,14 +116,14 @@ def generate(
     schedule: Schedule,
     guidance: str,
 ) -> tuple[ImageBytes, Bool[Array, " batch"]]:
-    """Images `[B, H, W, C]` uint8 from `(seed, index)` of each, and whether its latent is finite.
+    """Images `[B, H, W, C]` uint8 from `(seed, index)` of each, and whether its pixels are finite.
 
-    Bytes cannot say that a sampler diverged; not compiled by itself.
+    Bytes cannot say that a sampler or a decoder diverged; not compiled by itself.
     """
     noise = path.sample_noise(seeds, indices, networks.config.shape)
     flow = make_flow(networks, params, labels, scale, interval, guidance)
-    latents = sampler.sample(flow, noise, schedule)
-    return _decode(networks, decoder_params, latents), jnp.isfinite(latents).all(axis=(1, 2, 3))
+    pixels = _decode(networks, decoder_params, sampler.sample(flow, noise, schedule))
+    return images.to_uint8(pixels), jnp.isfinite(pixels).all(axis=(1, 2, 3))
 
 
 @partial(jax.jit, static_argnames=("networks", "schedule", "guidance"))
@@ -135,7 +135,7 @@ def sample_images(*arguments: Any, **static: Any) -> ImageBytes:
 @partial(jax.jit, static_argnames=("networks",))
 def decode(decoder_params: Any, latents: Latents, *, networks: Networks) -> ImageBytes:
     """Images `[B, H f, W f, C]` uint8 of latents; the latents' own pixels without a VAE."""
-    return _decode(networks, decoder_params, latents)
+    return images.to_uint8(_decode(networks, decoder_params, latents))
 
 
 @partial(jax.jit, static_argnames=("networks",))
@@ -159,21 +159,21 @@ def encode(
     return config.scale(found.mode() if noise is None else found.sample(noise))
 
 
-def _decode(networks: Networks, decoder_params: Any, latents: Latents) -> ImageBytes:
+def _decode(networks: Networks, decoder_params: Any, latents: Latents) -> Images:
+    """Pixels of latents, about [-1, 1]."""
     if networks.vae is None:
-        return images.to_uint8(latents)
+        return latents
 
     def decoded(z: jax.Array) -> jax.Array:
         return networks.vae.apply({"params": decoder_params}, z, method="decode")
 
     config = networks.vae.config
     z = config.unscale(latents)
-    pixels = _in_groups(
+    return _in_groups(
         lambda z: tiled(decoded, z, TILE, OVERLAP, (1, config.downsampling)),
         z,
         config.downsampling,
     )
-    return images.to_uint8(pixels)
 
 
 def _in_groups(function: Callable[[jax.Array], jax.Array], x: jax.Array, scale: int) -> jax.Array:

@@ -1,9 +1,10 @@
-"""Schedules run block by block: slower than one program, but no schedule compiles anything new.
+"""Schedules run block by block: slower than one program, but a new one compiles nothing.
 
 A search tries hundreds of schedules; compiling each would take longer than running it.
 """
 
 import time
+from collections.abc import MutableMapping
 from functools import partial
 from typing import Any
 
@@ -12,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from flowturbo_jax import sampler
+from flowturbo_jax.guidance import inside
 from flowturbo_jax.interfaces import Labels, Latents, Memory, State, Time
 from flowturbo_jax.pipelines import programs
 from flowturbo_jax.pipelines.class_to_image import ClassToImage
@@ -70,7 +72,7 @@ def sample_latents(
       Latents `[B, H, W, C]` float32.
     """
     settings = {"networks": programs.Networks(pipe.model), "guidance": plan.guidance}
-    grid = np.asarray(plan.schedule.time_grid())
+    grid = plan.schedule.times()
     noise, labels, given = jnp.asarray(noise), jnp.asarray(labels), plan.arguments
     if plan.schedule.runs[0].block == "P":
         memory = _predict(pipe.params, noise, labels, *given, grid[0], **settings)
@@ -104,34 +106,57 @@ class Costs:
     Args:
       pipe: the model.
       batch_size: of the calls whose time counts.
+      known: seconds of blocks that were measured before, by name; new ones are added.
       repeats: of each measurement, whose median counts.
     """
 
-    def __init__(self, pipe: ClassToImage, batch_size: int, repeats: int = 5):
+    def __init__(
+        self,
+        pipe: ClassToImage,
+        batch_size: int,
+        known: MutableMapping[str, float] | None = None,
+        repeats: int = 5,
+    ):
         self._pipe, self._repeats = pipe, repeats
         self._noise = jnp.zeros((batch_size, *pipe.model.description.predictor.shape))
         self._labels = jnp.zeros(batch_size, jnp.int32)
-        self._known: dict[tuple[Any, ...], float] = {}
+        self._known = {} if known is None else known
 
     def of(self, plan: Plan) -> float:
         """Seconds of one call by a plan."""
-        grid = np.asarray(plan.schedule.time_grid())
+        grid = plan.schedule.times()
         total = 0.0
         if plan.schedule.runs[0].block == "P":  # evaluates its own start: about one E
-            total += self._block("E", plan, grid[0])
+            total += self._step("E", plan, grid[0], grid[0])
         for run, first, last in plan.schedule.intervals():
-            total += sum(self._block(run.block, plan, grid[i + 1]) for i in range(first, last))
+            steps = range(first, last)
+            total += sum(self._step(run.block, plan, grid[i], grid[i + 1]) for i in steps)
         return total
 
-    def _block(self, block: str, plan: Plan, t: np.float32) -> float:
-        inside = plan.interval is None or plan.interval[0] <= t <= plan.interval[1]
-        key = (block, plan.guidance, plan.interval is None, inside)
+    def _step(self, block: str, plan: Plan, t: np.float32, t_next: np.float32) -> float:
+        """Seconds of a step; where guidance acts at some of its evaluations, in proportion."""
+        if plan.interval is None:
+            return self._block(block, plan, 0.5, "guided")
+        low, high = plan.interval
+        times = {"E": (t,), "P": (t_next,)}.get(block, (t, t_next))
+        guided = sum(bool(inside(time, plan.interval)) for time in times) / len(times)
+        within, outside = (low + high) / 2, (low / 2 if low > 0 else (1 + high) / 2)
+        total = 0.0
+        if guided:
+            total += guided * self._block(block, plan, within, "inside")
+        if guided < 1:
+            total += (1 - guided) * self._block(block, plan, outside, "outside")
+        return total
+
+    def _block(self, block: str, plan: Plan, t: float, where: str) -> float:
+        key = f"{block} {plan.guidance} {where}"
         if key not in self._known:
             self._known[key] = self._measure(block, plan, t)
         return self._known[key]
 
-    def _measure(self, block: str, plan: Plan, t: np.float32) -> float:
+    def _measure(self, block: str, plan: Plan, t: float) -> float:
         state = State(self._noise, _no_memory(self._pipe, self._noise, self._labels, plan))
+        time_of_step = np.float32(t)
         seconds = []
         for _ in range(self._repeats + 1):  # the first compiles
             begin = time.perf_counter()
@@ -140,8 +165,8 @@ class Costs:
                 state,
                 self._labels,
                 *plan.arguments,
-                t,
-                t,
+                time_of_step,
+                time_of_step,
                 networks=programs.Networks(self._pipe.model),
                 guidance=plan.guidance,
                 block=block,

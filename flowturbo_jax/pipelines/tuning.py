@@ -8,7 +8,6 @@ and closer.
 """
 
 import dataclasses
-import json
 import time
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -23,14 +22,15 @@ from flowturbo_jax.interfaces import InputError
 from flowturbo_jax.pipelines import stepwise
 from flowturbo_jax.pipelines.candidates import Space
 from flowturbo_jax.pipelines.class_to_image import ClassToImage
-from flowturbo_jax.pipelines.evaluation import labels_of
 from flowturbo_jax.pipelines.fine_solution import fine_solution
-from flowturbo_jax.pipelines.fronts import Finalist, Screened, described, near_front, thinned
+from flowturbo_jax.pipelines.fronts import Finalist, Screened, near_front, thinned
+from flowturbo_jax.pipelines.kept_results import KeptResults
 from flowturbo_jax.pipelines.plan import Plan
 
 ROUNDS = 3  # of variations, unless one changes nothing before
 FIRST_SHARE, SECOND_SHARE = 8, 2  # the screens take an eighth and a half of the noises
 VARIED = 10  # plans of the front whose variations a round tries
+GOLDEN_RATIO = 0.6180339887498949
 WORST = 4.0  # times the baseline's error: worse plans are of no use
 KEPT_FIRST, KEPT = 1.6, 1.15  # times the front's error, still worth another look
 
@@ -43,8 +43,8 @@ class Tuner:
       exact: the same model with networks that compute in float32, for the fine solution.
       directory: for the fine solutions and the results.
       noises: how many noises the errors of finalists are measured on; screens take fewer.
-      seed: noise i is that of image i of this seed; labels are balanced.
-      batch_size: noises at once.
+      seed: noise i is that of image i of this seed, in [0, 2^32); labels are spread over all.
+      batch_size: noises solved at once, and at most in a screen.
       latency_batch: images of the calls whose time is a plan's cost.
       cost: seconds of such a call by a plan; the measured times of its blocks if None.
       on_progress: told in a word what is done, how much of it, and of how much.
@@ -63,6 +63,8 @@ class Tuner:
         cost: Callable[[Plan], float] | None = None,
         on_progress: Callable[[str, int, int], Any] = lambda what, done, total: None,
     ):
+        if not 0 <= seed < 2**32:
+            raise InputError(f"seed is {seed}; it must be in [0, 2^32)")
         if noises < FIRST_SHARE or batch_size < 1 or latency_batch < 1:
             raise InputError(
                 f"{noises} noises, batches of {batch_size}, latency of {latency_batch}: there must "
@@ -81,10 +83,13 @@ class Tuner:
                 jnp.asarray(seeds), jnp.asarray(indices), config.shape
             )
         )
-        self.labels = labels_of(noises, config.num_classes)
+        # Every share of the noises sees labels from all over: 1,000 classes are more than noises.
+        shares = np.arange(noises) * GOLDEN_RATIO % 1
+        self.labels = (shares * max(config.num_classes, 1)).astype(np.int32)
         self._latency_batch = latency_batch
-        self._cost = cost or stepwise.Costs(pipe, latency_batch).of
-        self._results = _Results(directory / "screened.json", self._identity(seed, latency_batch))
+        identity = self._identity(seed, latency_batch)
+        self._results = KeptResults(directory, "measured", identity)
+        self._cost = cost or stepwise.Costs(pipe, latency_batch, self._results.costs).of
         self._solutions: dict[str, np.ndarray] = {}
         self._screened: dict[Plan, Screened] = {}
 
@@ -96,13 +101,16 @@ class Tuner:
         ]
 
     def _identity(self, seed: int, latency_batch: int) -> dict[str, Any]:
-        model = self.pipe.model
+        model, description = self.pipe.model, self.pipe.model.description
+        networks = [model.predictor] + ([] if model.refiner is None else [model.refiner])
         return {
             "fingerprints": model.fingerprints,
-            "dtype": np.dtype(model.predictor.dtype).name,
+            "networks": [repr(network) for network in networks],
+            "guided_channels": description.guided_channels,
             "seed": seed,
             "latency_batch": latency_batch,
             "device": jax.devices()[0].device_kind,
+            "jax": jax.__version__,
         }
 
     def search(self, space: Space, baseline: Plan) -> list[Screened]:
@@ -111,13 +119,13 @@ class Tuner:
         Args:
           space: what may be tried.
           baseline: what a user would take without a search; plans far worse are not looked into.
+            Its guidance scale is that of all plans.
 
         Raises:
           InputError: the fine solution fails, or the folder cannot be written to.
         """
-        scale = self.pipe.plan("E1", guidance=space.modes[0]).scale
         few = self._few
-        screened = self.screen(space.start(scale), few, "first screen")
+        screened = self.screen(space.start(baseline.scale), few, "first screen")
         kept, some = near_front(screened, KEPT_FIRST), max(few, self._noises // SECOND_SHARE)
         found = self.screen([one.plan for one in kept], some, "second screen")
         (known,) = self.screen([baseline], some, "")
@@ -137,7 +145,12 @@ class Tuner:
             if not any(one in near_front([*found, *closer], 1.0) for one in closer):
                 break
             found += closer
-        return near_front(_below(found, worst), 1.0)
+        front = near_front(_below(found, worst), 1.0)
+        if not front:
+            raise InputError(
+                "no schedule gave finite latents; look at the weights, the guidance scale and dtype"
+            )
+        return front
 
     def _at(self, screened: Iterable[Screened], noises: int) -> list[Screened]:
         return self.screen([one.plan for one in screened], noises, "")
@@ -153,12 +166,12 @@ class Tuner:
         result = []
         try:
             for number, plan in enumerate(plans):
-                key = f"{described(plan)} {noises}"
-                known = self._results.get(key)
-                if known is None:
-                    known = [self._cost(plan), self.error(plan, noises)]
-                    self._results.put(key, known)
-                result.append(Screened(plan, *known, noises))
+                key = f"{_key(plan)} {noises}"
+                error = self._results.get(key)
+                if error is None:
+                    error = self.error(plan, noises)
+                    self._results.put(key, error)
+                result.append(Screened(plan, self._cost(plan), error, noises))
                 self._screened[plan] = result[-1]
                 if what:
                     self._progress(what, number + 1, len(plans))
@@ -202,30 +215,49 @@ class Tuner:
             )
         return self._solutions[mode][:noises]
 
-    def finalist(self, plan: Plan, repeats: int = 7) -> Finalist:
-        """Measures a plan at last: compiled as one program, and on all noises.
+    def finalists(self, plans: Sequence[Plan], repeats: int = 7) -> list[Finalist]:
+        """Measures plans at last: compiled as one program each, and on all noises.
 
         Args:
-          plan: how to sample.
-          repeats: of the timed call, whose median counts.
+          plans: how to sample.
+          repeats: of each timed call, whose median counts; taken in turns, so that what else the
+            machine does falls on all alike.
         """
-        (one,) = self.screen([plan], self._noises, "")
-        given = {
-            "schedule": plan.schedule,
-            "guidance": plan.guidance,
-            "guidance_scale": plan.scale,
-            "guidance_interval": plan.interval,
-        }
+        screened = self.screen(plans, self._noises, "finalists: errors")
+        new = [plan for plan in plans if self._results.get(f"{_key(plan)} ms") is None]
+        for number, plan in enumerate(new):
+            self._call(plan)
+            self._progress("finalists: compiling", number + 1, len(new))
+        seconds = [[self._call(plan) for plan in new] for _ in range(repeats)]
+        for plan, ms in zip(new, np.median(seconds, axis=0) * 1e3, strict=True):
+            self._results.put(f"{_key(plan)} ms", float(ms) / self._latency_batch)
+        self._results.write()
+        times = [self._results.get(f"{_key(plan)} ms") for plan in plans]
+        return [
+            Finalist(one.plan, ms, one.error, {}, one.error)
+            for one, ms in zip(screened, times, strict=True)
+        ]
+
+    def _call(self, plan: Plan) -> float:
+        """Seconds of a call of the compiled sampler."""
         noise = np.resize(self.noise, (self._latency_batch, *self.noise.shape[1:]))
         labels = np.resize(self.labels, self._latency_batch)
-        seconds = []
-        for _ in range(repeats + 1):  # the first compiles
-            begin = time.perf_counter()
-            made = self.pipe.sample_latents(jnp.asarray(noise), labels, **given)
-            jax.block_until_ready(made)
-            seconds.append(time.perf_counter() - begin)
-        ms = float(np.median(seconds[1:])) / self._latency_batch * 1e3
-        return Finalist(plan, ms, one.error, {}, one.error)
+        begin = time.perf_counter()
+        made = self.pipe.sample_latents(
+            jnp.asarray(noise),
+            labels,
+            schedule=plan.schedule,
+            guidance=plan.guidance,
+            guidance_scale=plan.scale,
+            guidance_interval=plan.interval,
+        )
+        jax.block_until_ready(made)
+        return time.perf_counter() - begin
+
+
+def _key(plan: Plan) -> str:
+    """A plan without any rounding."""
+    return f"{plan.schedule} {plan.guidance} {float(plan.scale)!r} {plan.interval!r}"
 
 
 def _below(screened: Sequence[Screened], worst: float) -> list[Screened]:
@@ -245,53 +277,18 @@ def relative_distance(latents: np.ndarray, exact: np.ndarray) -> float:
     return float(np.mean(apart / np.linalg.norm(exact, axis=1)))
 
 
-class _Results:
-    """Numbers by key in a JSON file, dropped if it is of another identity."""
-
-    def __init__(self, file: Path, identity: Any):
-        self._file, self._identity = file, json.loads(json.dumps(identity))
-        self._known: dict[str, Any] = {}
-        self._changed = 0
-        try:
-            stored = json.loads(file.read_text())
-            if stored["identity"] == self._identity:
-                self._known = dict(stored["results"])
-        except (OSError, ValueError, KeyError, TypeError):
-            pass  # nothing was measured yet, or nothing that can be used
-
-    def get(self, key: str) -> Any:
-        return self._known.get(key)
-
-    def put(self, key: str, value: Any) -> None:
-        self._known[key] = value
-        self._changed += 1
-        if self._changed >= 20:
-            self.write()
-
-    def write(self) -> None:
-        if not self._changed:
-            return
-        draft = self._file.with_name(f".{self._file.name}")
-        try:
-            self._file.parent.mkdir(parents=True, exist_ok=True)
-            text = json.dumps({"identity": self._identity, "results": self._known}, indent=1)
-            draft.write_text(text + "\n")
-            draft.replace(self._file)
-        except OSError as error:
-            raise InputError(
-                f"cannot write {self._file}: {error.strerror}; choose another --out"
-            ) from error
-        self._changed = 0
-
-
 def space_for(pipe: ClassToImage, space: Space) -> Space:
-    """A space without what a model cannot do, its own guidance mode first."""
+    """A space for a model: without R if it has no refiner, and with modes if none are given.
+
+    Raises:
+      InputError: the model cannot be guided, but a guided mode is asked for.
+    """
     description = pipe.model.description
-    refines = description.refiner is not None
-    if description.predictor.null_label is None or description.guidance == "none":
-        modes: tuple[str, ...] = ("none",)
-    else:
+    modes = space.modes
+    if not modes:
         own = description.guidance
-        modes = tuple(dict.fromkeys((own, *space.modes))) if own in space.modes else space.modes
-    steps = space.max_refiner_steps if refines else 0
+        modes = (own,) if own == "none" else (own, "official" if own == "paired" else "paired")
+    for mode in modes:
+        pipe.plan("H1", guidance=mode)
+    steps = space.max_refiner_steps if description.refiner is not None else 0
     return dataclasses.replace(space, modes=modes, max_refiner_steps=steps)
