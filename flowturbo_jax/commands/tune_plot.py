@@ -35,6 +35,7 @@ def draw(
             values.append((metric.replace("_", " "), lambda found: found.scores[metric]))
         chosen = {found.plan for found in recommended.values()}
         for panel, (label, value) in zip(axes, values, strict=True):
+            falls = label == values[0][0] or lower_is_better  # then it falls over decades
             if label == values[0][0]:
                 ms = [1e3 * one.cost for one in screened]
                 errors = [one.error for one in screened]
@@ -48,7 +49,7 @@ def draw(
                 )
             front = sorted(measured, key=lambda found: found.ms_per_image)
             front = [f for i, f in enumerate(front) if value(f) <= min(map(value, front[: i + 1]))]
-            if label == values[0][0] or lower_is_better:
+            if falls:
                 panel.plot(
                     [found.ms_per_image for found in front],
                     [value(found) for found in front],
@@ -81,7 +82,7 @@ def draw(
                     fontsize=6.5,
                     color=plots.INK,
                 )
-            for axis, scale in ((panel.xaxis, "x"), (panel.yaxis, "y")):
+            for axis, scale in ((panel.xaxis, "x"), (panel.yaxis, "y"))[: 2 if falls else 1]:
                 panel.set(**{f"{scale}scale": "log"})
                 axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
                 axis.set_major_formatter("{x:g}")
