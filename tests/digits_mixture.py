@@ -4,8 +4,8 @@
 
 Five seconds on one core. The model's velocity is exact: what its samples lack is the sampler's
 fault alone. Prints as JSON the Fréchet distance of pixels from the mixture to the digits (0.0082),
-and from 5,000 exact samples to the mixture, about what a perfect sampler has (0.025). Not a test: pytest
-does not collect it.
+and from 5,000 exact samples to the mixture, about what a perfect sampler has (0.025). Not a test:
+pytest does not collect it.
 """
 
 import argparse
