@@ -30,9 +30,7 @@ def reserved(workdir: Path, flag: str = "--workdir") -> Iterator[None]:
         # process ends, however it does.
         file = (workdir / LOCK).open("a+")
     except OSError as error:
-        raise InputError(
-            f"cannot write to {workdir}: {error.strerror}; change {flag}"
-        ) from error
+        raise InputError(f"cannot write to {workdir}: {error.strerror}; change {flag}") from error
     with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
