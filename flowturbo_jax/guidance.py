@@ -6,25 +6,42 @@ The guided velocity is `uncond + scale (cond - uncond)`; scale 1 is no guidance.
 evaluate each network once per call, on the two branches side by side in one batch, and cost the
 same. Guidance may be limited to an interval of flow time, outside of which only the conditional
 branch is evaluated. Source: PAPER section 4.
+
+What the networks make of time and condition alone can be had for all times of a schedule at once,
+by a function `prepare(times, condition) -> Conditions`; the networks then get that as condition.
 """
 
 from collections.abc import Callable
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from flowturbo_jax.interfaces import Condition, Flow, InputError, Latents, Time, Velocity
+from flowturbo_jax.interfaces import Condition, Flow, InputError, Latents, Moment, Time, Velocity
 
 PredictorFunction = Callable[[Latents, Time, Condition], Velocity]
 RefinerFunction = Callable[[Latents, Velocity, Time, Condition], Velocity]
+PrepareFunction = Callable[[Float[Array, " times"], Condition], "Conditions"]
 Scale = Float[Array, ""] | float
 Interval = Float[Array, "2"] | tuple[float, float]
 Branches = Float[Array, "2 batch *point"]  # conditional first, unconditional second
 
 MODES = ("none", "official", "paired")
 ROUNDING = 1e-6  # of a time grid in float32, so that its points at an end of an interval are inside
+
+
+class Conditions(NamedTuple):
+    """What the networks take in place of a condition; of many times, behind an axis `[N]`.
+
+    Attributes:
+      predictor: a pytree of arrays.
+      refiner: the same for the refiner; None where there is no refiner.
+    """
+
+    predictor: Condition
+    refiner: Condition
 
 
 def check_interval(interval: Any) -> tuple[float, float] | None:
@@ -64,7 +81,10 @@ def inside(t: Any, interval: Interval) -> Any:
 
 
 def unguided(
-    predictor: PredictorFunction, refiner: RefinerFunction | None, condition: Condition
+    predictor: PredictorFunction,
+    refiner: RefinerFunction | None,
+    condition: Condition,
+    prepare: PrepareFunction | None = None,
 ) -> Flow:
     """A flow under one condition, without guidance; its memory is the velocity `[B, ...]`.
 
@@ -72,12 +92,21 @@ def unguided(
       predictor: the big network.
       refiner: the small network, or None.
       condition: what both are conditioned on, batch first.
+      prepare: what they make of it at given times, or None.
     """
 
-    def refine(x, t, memory):
-        return refiner(x, memory, t, condition)
+    def predict(x, t):
+        time, given = _at(t, condition)
+        return predictor(x, time, given.predictor)
 
-    return Flow(lambda x, t: predictor(x, t, condition), refine if refiner else None)
+    def refine(x, t, memory):
+        time, given = _at(t, condition)
+        return refiner(x, memory, time, given.refiner)
+
+    def ready(times):
+        return Prepared(prepare(times, condition))
+
+    return Flow(predict, refine if refiner else None, prepare=ready if prepare else None)
 
 
 def paired(
@@ -87,6 +116,7 @@ def paired(
     null_condition: Condition,
     scale: Scale,
     interval: Interval | None = None,
+    prepare: PrepareFunction | None = None,
 ) -> Flow:
     """Remembers and refines each branch under its own condition; guides only what moves x.
 
@@ -102,13 +132,15 @@ def paired(
       interval: first and last flow time of guidance, ends included, `[2]`; may be traced; None for
         all of the time. Source: Kynkäänniemi et al. 2024, "Applying Guidance in a Limited
         Interval Improves Sample and Distribution Quality in Diffusion Models".
+      prepare: what the networks make of a condition at given times, or None.
     """
-    branches = _Branches(predictor, refiner, condition, null_condition, interval)
+    branches = _Branches(predictor, refiner, condition, null_condition, interval, prepare)
 
     def drift(memory: Branches) -> Velocity:
         return _guide(memory, scale)
 
-    return Flow(branches.predict, branches.refine if refiner else None, drift, branches.recall)
+    refine = branches.refine if refiner else None
+    return Flow(branches.predict, refine, drift, branches.recall, branches.prepare)
 
 
 def official(
@@ -119,6 +151,7 @@ def official(
     scale: Scale,
     guided_channels: int | None = None,
     interval: Interval | None = None,
+    prepare: PrepareFunction | None = None,
 ) -> Flow:
     """Remembers velocities that are guided already, and guides the refiner's offsets likewise.
 
@@ -135,10 +168,11 @@ def official(
       guided_channels: how many of the last axis are guided; None guides all.
       interval: as in `paired`. What R steps refine after its end stays guided: the velocity they
         remember was.
+      prepare: as in `paired`.
 
     Source: FlowTurbo models_assemble.py, forward_with_cfg (guided_channels=3).
     """
-    branches = _Branches(predictor, refiner, condition, null_condition, interval)
+    branches = _Branches(predictor, refiner, condition, null_condition, interval, prepare)
 
     def guide(pair: Branches) -> Branches:
         guided = _guide(pair[..., :guided_channels], scale)
@@ -147,7 +181,7 @@ def official(
             return both
         return jnp.concatenate([both, pair[..., guided_channels:]], axis=-1)
 
-    def refine(x: Latents, t: Time, memory: Branches) -> Branches:
+    def refine(x: Latents, t: Time | Moment, memory: Branches) -> Branches:
         return guide(branches.refine(x, t, memory))
 
     return Flow(
@@ -155,12 +189,25 @@ def official(
         refine if refiner else None,
         lambda memory: memory[0],
         branches.recall,
+        branches.prepare,
     )
 
 
 def _guide(pair: Branches, scale: Scale) -> Velocity:
     cond, uncond = pair
     return uncond + jnp.asarray(scale, uncond.dtype) * (cond - uncond)
+
+
+class Prepared(NamedTuple):
+    """What a guided flow prepares.
+
+    Attributes:
+      all: for every row that is evaluated at once.
+      alone: for the conditional rows, where they may be evaluated alone; None elsewhere.
+    """
+
+    all: Conditions
+    alone: Conditions | None = None
 
 
 class _Branches:
@@ -170,28 +217,46 @@ class _Branches:
     their difference, and with it guidance, is exactly zero.
     """
 
-    def __init__(self, predictor, refiner, condition, null_condition, interval):
+    def __init__(self, predictor, refiner, condition, null_condition, interval, prepare):
         self._predictor = predictor
         self._refiner = refiner
         self._condition, self._interval = condition, interval
         self._conditions = jax.tree.map(
             lambda a, b: jnp.concatenate([a, b]), condition, null_condition
         )
+        self.prepare = None if prepare is None else partial(self._prepare, prepare)
 
-    def predict(self, x: Latents, t: Time) -> Branches:
+    def _prepare(self, prepare: PrepareFunction, times: Any) -> Prepared:
+        alone = None if self._interval is None else prepare(times, self._condition)
+        return Prepared(prepare(times, self._conditions), alone)
+
+    def _given(self, t: Time | Moment, alone: bool = False) -> tuple[Time, Conditions]:
+        return _at(t, self._condition if alone else self._conditions, alone)
+
+    def predict(self, x: Latents, t: Time | Moment) -> Branches:
         def both() -> Branches:
-            return _split(self._predictor(jnp.concatenate([x, x]), t, self._conditions))
+            time, given = self._given(t)
+            return _split(self._predictor(jnp.concatenate([x, x]), time, given.predictor))
 
-        return self._where_guided(t, both, lambda: self._predictor(x, t, self._condition))
+        def conditional() -> Velocity:
+            time, given = self._given(t, alone=True)
+            return self._predictor(x, time, given.predictor)
 
-    def refine(self, x: Latents, t: Time, memory: Branches) -> Branches:
+        return self._where_guided(t, both, conditional)
+
+    def refine(self, x: Latents, t: Time | Moment, memory: Branches) -> Branches:
         def both() -> Branches:
+            time, given = self._given(t)
             v = memory.reshape(-1, *memory.shape[2:])
-            return _split(self._refiner(jnp.concatenate([x, x]), v, t, self._conditions))
+            return _split(self._refiner(jnp.concatenate([x, x]), v, time, given.refiner))
 
-        return self._where_guided(t, both, lambda: self._refiner(x, memory[0], t, self._condition))
+        def conditional() -> Velocity:
+            time, given = self._given(t, alone=True)
+            return self._refiner(x, memory[0], time, given.refiner)
 
-    def recall(self, memory: Branches, t: Time) -> Branches:
+        return self._where_guided(t, both, conditional)
+
+    def recall(self, memory: Branches, t: Time | Moment) -> Branches:
         if self._interval is None:
             return memory
         return jnp.where(self._guided(t), memory, _twice(memory[0]))
@@ -201,8 +266,15 @@ class _Branches:
             return both()
         return jax.lax.cond(self._guided(t), both, lambda: _twice(conditional()))
 
-    def _guided(self, t: Time) -> jax.Array:
-        return inside(t, self._interval)
+    def _guided(self, t: Time | Moment) -> jax.Array:
+        return inside(t.t if isinstance(t, Moment) else t, self._interval)
+
+
+def _at(t: Time | Moment, condition: Condition, alone: bool = False) -> tuple[Time, Conditions]:
+    """A time, and what the networks take as condition at it."""
+    if not isinstance(t, Moment):
+        return t, Conditions(condition, condition)
+    return t.t, t.prepared.alone if alone else t.prepared.all
 
 
 def _twice(velocity: Velocity) -> Branches:

@@ -24,10 +24,26 @@ class InputError(ValueError):
     """
 
 
+class Moment(NamedTuple):
+    """A flow time, with what a flow prepared for it; a difference of two is that of their times.
+
+    Attributes:
+      t: flow time `[]`.
+      prepared: what `Flow.prepare` made for it, a pytree.
+    """
+
+    t: Time
+    prepared: Any
+
+    def __sub__(self, other: "Moment") -> Time:
+        return self.t - other.t
+
+
 class Flow(NamedTuple):
     """The vector field a sampler integrates, as pure functions over arrays.
 
-    The sampler knows no labels, text, networks or guidance: they are behind these functions.
+    The sampler knows no labels, text, networks or guidance: they are behind these functions. Where
+    there is `prepare`, the others may be called with a Moment in place of the flow time t.
 
     Attributes:
       predict: `(x [B, ...], t []) -> memory`, evaluates the big network at flow time t.
@@ -37,12 +53,16 @@ class Flow(NamedTuple):
         memory is the velocity itself, which is the default.
       recall: `(memory, t []) -> memory`, what a memory counts as at flow time t, where that depends
         on t (guidance on part of the time); the memory itself by default.
+      prepare: `(times [N]) -> prepared`, what depends on the times alone (embeddings, modulations),
+        computed for all evaluations at once before the first of them: a pytree of arrays, stacked
+        along a first axis `[N]`; None for nothing.
     """
 
     predict: Callable[[Latents, Time], Memory]
     refine: Callable[[Latents, Time, Memory], Memory] | None = None
     drift: Callable[[Memory], Velocity] = lambda memory: memory
     recall: Callable[[Memory, Time], Memory] = lambda memory, t: memory
+    prepare: Callable[[Float[Array, " times"]], Any] | None = None
 
 
 class State(NamedTuple):

@@ -1,14 +1,16 @@
 """The sampler: one `lax.scan` per run of equal blocks over the schedule's time grid."""
 
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float
 
 from flowturbo_jax import blocks
-from flowturbo_jax.interfaces import Flow, InputError, Latents, State, Time
+from flowturbo_jax.interfaces import Flow, InputError, Latents, Moment, State, Time
 from flowturbo_jax.schedule import Schedule
 
 BLOCKS = {
@@ -20,6 +22,8 @@ BLOCKS = {
 }
 
 AfterStep = Callable[[State, Time], State]
+# What is prepared for all times at once may take so many bytes; more is made step by step.
+PREPARED_BYTES = 2**30
 
 
 def sample(
@@ -92,26 +96,42 @@ def integrate(
             "E, H and P, or train a refiner first"
         )
     grid = schedule.time_grid(t_start, noise.dtype)
-    state = State(noise, _first_memory(flow, noise, schedule, grid[0]))
+    moment = _moments(flow, grid)
+    state = State(noise, _first_memory(flow, noise, schedule, moment(0)))
     records = []
     for run, first, last in schedule.intervals():
         block = BLOCKS[run.block]
 
-        def step(state, times, block=block):
-            state = block(flow, state, *times)
+        def step(state, i, block=block):
+            state = block(flow, state, moment(i), moment(i + 1))
             if after_step is not None:
-                state = after_step(state, times[1])
+                state = after_step(state, grid[i + 1])
                 if not isinstance(state, State):
                     raise InputError("after_step must return a State, as state._replace(x=...)")
             return state, None if observe is None else observe(state)
 
-        times = (grid[first:last], grid[first + 1 : last + 1])
-        state, record = jax.lax.scan(step, state, times)
+        state, record = jax.lax.scan(step, state, jnp.arange(first, last))
         records.append(record)
     return state, jax.tree.map(lambda *parts: jnp.concatenate(parts), *records)
 
 
-def _first_memory(flow: Flow, noise: Latents, schedule: Schedule, t: Time) -> Any:
+def _moments(flow: Flow, grid: Float[Array, " times"]) -> Callable[[Any], Time | Moment]:
+    """The times of a grid by their index, with what the flow prepares for them."""
+    if flow.prepare is None:
+        return lambda i: grid[i]
+    shapes = jax.tree.leaves(jax.eval_shape(flow.prepare, grid))
+    if sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in shapes) > PREPARED_BYTES:
+        return lambda i: grid[i]
+    leaves, tree = jax.tree.flatten(flow.prepare(grid))
+
+    def moment(i: Any) -> Moment:
+        at = [jax.lax.dynamic_index_in_dim(leaf, i, keepdims=False) for leaf in leaves]
+        return Moment(grid[i], jax.tree.unflatten(tree, at))
+
+    return moment
+
+
+def _first_memory(flow: Flow, noise: Latents, schedule: Schedule, t: Time | Moment) -> Any:
     """The memory to start from, after checking once that the flow fits x.
 
     Only a leading P reads it, and evaluates it; other blocks overwrite it, so zeros serve.

@@ -10,30 +10,31 @@ from einops import rearrange
 from flax import linen as nn
 from jaxtyping import Array, Float
 
-from flowturbo_jax.interfaces import BatchTime
+from flowturbo_jax.models.attention import attend
 
 Tokens = Float[Array, "batch tokens width"]
-Vectors = Float[Array, "batch width"]
+Vectors = Float[Array, "*rows width"]
+Changes = Float[Array, "*rows changes"]  # shifts, scales and gates side by side
 
 NORM_EPSILON = 1e-6  # SiT models.py: LayerNorm(elementwise_affine=False, eps=1e-6)
 EMBEDDING_INIT = nn.initializers.normal(0.02)  # SiT models.py: initialize_weights
 MAX_PERIOD = 10_000.0  # SiT models.py: TimestepEmbedder and the sine-cosine position table
 
 
-def time_features(t: BatchTime, size: int) -> Float[Array, "batch features"]:
+def time_features(t: Float[Array, "*rows"], size: int) -> Float[Array, "*rows features"]:
     """Sinusoidal features `[cos(t f_k), sin(t f_k)]`, `f_k = 10000^(-k / (size / 2))`.
 
     Args:
-      t: flow time `[B]` float32; values above 1 are legal (refiner training may reach them).
+      t: flow times `[...]` float32; values above 1 are legal (refiner training may reach them).
       size: number of features, even.
 
     Returns:
-      Features `[B, size]`, dtype of t.
+      Features `[..., size]`, dtype of t.
 
     Source: SiT models.py, TimestepEmbedder; t itself enters, not 1000 t.
     """
     frequencies = np.exp(-np.log(MAX_PERIOD) * np.arange(size // 2) / (size // 2))
-    angles = t[:, None] * jnp.asarray(frequencies, t.dtype)[None, :]
+    angles = t[..., None] * jnp.asarray(frequencies, t.dtype).reshape((1,) * t.ndim + (-1,))
     return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
 
 
@@ -77,14 +78,14 @@ def dense(features: int, dtype: Any, kernel_init: Callable | None = None, name: 
 
 
 class TimeEmbedding(nn.Module):
-    """Flow time `[B]` to a vector `[B, width]`: sinusoids, linear, SiLU, linear."""
+    """Flow times `[...]` to vectors `[..., width]`: sinusoids, linear, SiLU, linear."""
 
     width: int
     frequencies: int
     dtype: Any
 
     @nn.compact
-    def __call__(self, t: BatchTime) -> Vectors:
+    def __call__(self, t: Float[Array, "*rows"]) -> Vectors:
         # The features stay in float32: bfloat16 cannot tell neighbouring steps apart.
         features = time_features(t.astype(jnp.float32), self.frequencies)
         h = dense(self.width, self.dtype, EMBEDDING_INIT, name="up")(features)
@@ -96,15 +97,14 @@ class Attention(nn.Module):
 
     num_heads: int
     dtype: Any
+    implementation: str = "xla"
 
     @nn.compact
     def __call__(self, x: Tokens) -> Tokens:
         width = x.shape[-1]
         qkv = dense(3 * width, self.dtype, name="qkv")(x)
         q, k, v = rearrange(qkv, "b t (three n h) -> three b t n h", three=3, n=self.num_heads)
-        # jax.nn mixes bfloat16 and its float32 softmax, which strict dtype promotion forbids.
-        with jax.numpy_dtype_promotion("standard"):
-            out = jax.nn.dot_product_attention(q, k, v)
+        out = attend(q, k, v, self.implementation)
         return dense(width, self.dtype, name="out")(rearrange(out, "b t n h -> b t (n h)"))
 
 
@@ -121,38 +121,52 @@ class Mlp(nn.Module):
 
 
 class TransformerBlock(nn.Module):
-    """Attention and MLP, each normalised, modulated and gated by the condition vector (adaLN-Zero).
+    """Attention and MLP, each normalised, modulated and gated by the condition (adaLN-Zero).
 
-    `__call__(x, c)` returns `(x, None)`, the form `nn.scan` wants of a loop body.
+    What the condition vector does is computed apart, by `modulation`, since it does not depend on
+    the tokens. Both methods have the form that `nn.scan` wants of a loop body.
     """
 
+    width: int
     num_heads: int
     mlp_ratio: float
     dtype: Any
+    attention_implementation: str = "xla"
 
-    @nn.compact
-    def __call__(self, x: Tokens, c: Vectors) -> tuple[Tokens, None]:
-        width = x.shape[-1]
+    def setup(self):
         zeros = nn.initializers.zeros
-        six = dense(6 * width, self.dtype, zeros, name="modulation")(nn.silu(c))
+        self.modulation = dense(6 * self.width, self.dtype, zeros)
+        self.attention = Attention(self.num_heads, self.dtype, self.attention_implementation)
+        self.mlp = Mlp(int(self.width * self.mlp_ratio), self.dtype)
+
+    def modulations(self, carry: None, c: Vectors) -> tuple[None, Changes]:
+        """Shifts, scales and gates of this block, `(None, [..., 6 width])`."""
+        return carry, self.modulation(c)
+
+    def __call__(self, x: Tokens, six: Changes) -> tuple[Tokens, None]:
         shift1, scale1, gate1, shift2, scale2, gate2 = jnp.split(six, 6, axis=-1)
         h = modulate(layer_norm(x), shift1, scale1)
-        x = x + gate1[:, None, :] * Attention(self.num_heads, self.dtype, name="attention")(h)
+        x = x + gate1[:, None, :] * self.attention(h)
         h = modulate(layer_norm(x), shift2, scale2)
-        mlp = Mlp(int(width * self.mlp_ratio), self.dtype, name="mlp")
-        return x + gate2[:, None, :] * mlp(h), None
+        return x + gate2[:, None, :] * self.mlp(h), None
 
 
 class FinalLayer(nn.Module):
     """Modulated layer norm, then a linear map of each token to its patch of output channels."""
 
+    width: int
     features: int
     dtype: Any
 
-    @nn.compact
-    def __call__(self, x: Tokens, c: Vectors) -> Float[Array, "batch tokens features"]:
+    def setup(self):
         zeros = nn.initializers.zeros
-        two = dense(2 * x.shape[-1], self.dtype, zeros, name="modulation")(nn.silu(c))
+        self.modulation = dense(2 * self.width, self.dtype, zeros)
+        self.linear = dense(self.features, self.dtype, zeros)
+
+    def modulations(self, c: Vectors) -> Changes:
+        """Shift and scale, `[..., 2 width]`."""
+        return self.modulation(c)
+
+    def __call__(self, x: Tokens, two: Changes) -> Float[Array, "batch tokens features"]:
         shift, scale = jnp.split(two, 2, axis=-1)
-        x = modulate(layer_norm(x), shift, scale)
-        return dense(self.features, self.dtype, zeros, name="linear")(x)
+        return self.linear(modulate(layer_norm(x), shift, scale))

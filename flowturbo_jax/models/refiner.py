@@ -6,6 +6,7 @@ Source: PAPER section 3, eq. 7-10.
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from jaxtyping import Array, Float
 
 from flowturbo_jax.interfaces import BatchTime, Condition, Latents, Params, Time, Velocity
 
@@ -32,12 +33,16 @@ class Refiner(nn.Module):
           x: latents `[B, H, W, C]` float.
           v: remembered velocity `[B, H, W, C]`, dtype of x.
           t: flow time of x, `[]` or `[B]` float32.
-          condition: what the network takes, for instance labels `[B]` int.
+          condition: what the network takes, for instance labels `[B]` int, or what `prepare` made.
 
         Returns:
           Offset `[B, H, W, C]`, dtype of x; the refined velocity is offset + v.
         """
         return self.network(jnp.concatenate([x, v], axis=-1), t, condition)
+
+    def prepare(self, times: Float[Array, " times"], condition: Condition, rows: int) -> Condition:
+        """As the network's own `prepare`."""
+        return self.network.prepare(times, condition, rows)
 
     @nn.nowrap
     def initialise(self, key: jax.Array) -> Params:

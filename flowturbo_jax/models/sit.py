@@ -3,9 +3,11 @@
 Source: Ma et al., arXiv 2401.08740; architecture of DiT (Peebles & Xie, arXiv 2212.09748).
 """
 
+import contextlib
 import dataclasses
 import math
-from typing import Any
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -143,6 +145,18 @@ class SiTConfig:
         return self.num_classes if self.num_classes and self.null_class else None
 
 
+class Modulations(NamedTuple):
+    """All that a SiT's time and label do to it: the shifts, scales and gates of adaLN-Zero.
+
+    Attributes:
+      blocks: of every block, `[depth, ..., 6 hidden_size]`; dtype of the network.
+      final: of the final layer, `[..., 2 hidden_size]`.
+    """
+
+    blocks: Float[Array, "depth *rows six"]
+    final: layers.Changes
+
+
 class SiT(nn.Module):
     """Velocity of a flow at (x, t) under a label.
 
@@ -151,55 +165,98 @@ class SiT(nn.Module):
       dtype: dtype of the matrix products; parameters are float32, the result has x's dtype.
       remat: recompute each block in the backward pass instead of storing its activations.
       unroll: lay the blocks out one after another instead of looping; same parameters.
+      attention: which implementation, see `models.attention.choose`.
     """
 
     config: SiTConfig
     dtype: Any = jnp.float32
     remat: bool = False
     unroll: bool = False
+    attention: str = "xla"
 
-    @nn.compact
+    def setup(self):
+        config, width, dtype = self.config, self.config.hidden_size, self.dtype
+        table = layers.position_table(config.input_size // config.patch_size, width)
+        self.position_table = self.param("position_table", lambda _: jnp.asarray(table))
+        self.patch_embedding = layers.dense(width, dtype)
+        self.time_embedding = layers.TimeEmbedding(width, config.frequency_embedding_size, dtype)
+        if config.num_classes:
+            self.label_embedding = nn.Embed(
+                config.num_classes + config.null_class,
+                width,
+                dtype=dtype,
+                embedding_init=layers.EMBEDDING_INIT,
+            )
+        block = (config.num_heads, config.mlp_ratio, dtype, self.attention)
+        self.blocks = self._loop()(width, *block)
+        channels = config.in_channels * (2 if config.learn_sigma else 1)
+        self.final = layers.FinalLayer(width, config.patch_size**2 * channels, dtype)
+
     def __call__(
         self,
         x: Float[Array, "batch height width inputs"],
         t: Time | BatchTime,
-        labels: Labels | None,
+        condition: Labels | Modulations | None,
     ) -> Float[Array, "batch height width channels"]:
         """Evaluates the network.
 
         Args:
           x: latents `[B, H, W, C * in_channels_scale]` float.
           t: flow time, `[]` or `[B]` float32.
-          labels: `[B]` int, `num_classes` meaning "no label"; None for an unconditional model.
+          condition: labels `[B]` int, `num_classes` meaning "no label", or what `prepare` made of
+            them for this t; None for an unconditional model.
 
         Returns:
           Velocity `[B, H, W, C]`, dtype of x.
 
         Source: SiT models.py, SiT.forward.
         """
-        # float32 is to mean float32: accelerators would otherwise round to TF32 or bfloat16.
-        exact = "highest" if self.dtype == jnp.float32 else "default"
-        with jax.default_matmul_precision(exact):
-            if self.config.reversed_time:  # REPA loss.py: x = (1 - t) data + t noise
-                return -self._forward(x, 1 - t, labels)
-            return self._forward(x, t, labels)
+        if isinstance(condition, Modulations):
+            return self._forward(x, condition)
+        c = self._embedded_time(jnp.broadcast_to(t, x.shape[:1]))
+        if self.config.num_classes:
+            c = c + self.label_embedding(condition)
+        return self._forward(x, self._modulations(c))
 
-    def _forward(self, x: jax.Array, t: jax.Array, labels: Labels | None) -> jax.Array:
+    def prepare(
+        self, times: Float[Array, " times"], labels: Labels | None, rows: int
+    ) -> Modulations:
+        """What to evaluate with instead of labels, for many times at once.
+
+        It takes a third of the weights, which evaluations then need not read.
+
+        Args:
+          times: flow times `[N]` float32.
+          labels: `[B]` int; None for an unconditional model.
+          rows: B.
+
+        Returns:
+          A condition for each time, its arrays stacked along a first axis `[N]`.
+        """
+        shape = (len(times), rows, self.config.hidden_size)
+        c = jnp.broadcast_to(self._embedded_time(times)[:, None, :], shape)
+        if self.config.num_classes:
+            c = c + jnp.broadcast_to(self.label_embedding(labels), shape)
+        blocks, final = self._modulations(c)
+        return Modulations(jnp.moveaxis(blocks, 1, 0), final)
+
+    def _forward(
+        self, x: Float[Array, "batch height width inputs"], modulations: Modulations
+    ) -> Float[Array, "batch height width channels"]:
         config = self.config
-        tokens = layers.dense(config.hidden_size, self.dtype, name="patch_embedding")(
-            rearrange(
+        with _numerics(self.dtype):
+            patches = rearrange(
                 x.astype(self.dtype),
                 "b (h p) (w q) c -> b (h w) (p q c)",
                 p=config.patch_size,
                 q=config.patch_size,
             )
-        )
-        tokens = tokens + self._positions(tokens)
-        c = self._condition(jnp.broadcast_to(t, x.shape[:1]), labels)
-        tokens, _ = self._blocks()(tokens, c)
-        channels = config.in_channels * (2 if config.learn_sigma else 1)
-        features = config.patch_size**2 * channels
-        tokens = layers.FinalLayer(features, self.dtype, name="final")(tokens, c)
+            # The position table is a parameter that is loaded, but never trained.
+            positions = jax.lax.stop_gradient(self.position_table).astype(self.dtype)
+            tokens = self.patch_embedding(patches)
+            tokens = tokens + jnp.broadcast_to(positions, tokens.shape)
+            tokens, _ = self.blocks(tokens, modulations.blocks)
+            tokens = self.final(tokens, modulations.final)
         out = rearrange(
             tokens,
             "b (h w) (p q c) -> b (h p) (w q) c",
@@ -207,7 +264,8 @@ class SiT(nn.Module):
             p=config.patch_size,
             q=config.patch_size,
         )
-        return out[..., : config.in_channels].astype(x.dtype)
+        velocity = out[..., : config.in_channels].astype(x.dtype)
+        return -velocity if config.reversed_time else velocity
 
     @nn.nowrap
     def initialise(self, key: jax.Array) -> Params:
@@ -218,40 +276,40 @@ class SiT(nn.Module):
         labels = jnp.zeros((1,), jnp.int32) if config.num_classes else None
         return self.init(key, x, jnp.zeros(()), labels)["params"]
 
-    def _positions(self, tokens: layers.Tokens) -> layers.Tokens:
-        """The stored position table: a parameter that is loaded, but never trained."""
-        config = self.config
-        table = layers.position_table(config.input_size // config.patch_size, config.hidden_size)
-        positions = self.param("position_table", lambda _: jnp.asarray(table))
-        positions = jax.lax.stop_gradient(positions).astype(self.dtype)
-        return jnp.broadcast_to(positions, tokens.shape)
+    def _embedded_time(self, t: Float[Array, " rows"]) -> layers.Vectors:
+        if self.config.reversed_time:  # REPA loss.py: x = (1 - t) data + t noise
+            t = 1 - t
+        with _numerics(self.dtype):
+            return self.time_embedding(t)
 
-    def _condition(self, t: BatchTime, labels: Labels | None) -> layers.Vectors:
-        """The condition vector `[B, hidden_size]`: embedded time plus embedded label."""
-        config = self.config
-        c = layers.TimeEmbedding(
-            config.hidden_size, config.frequency_embedding_size, self.dtype, name="time_embedding"
-        )(t)
-        if not config.num_classes:
-            return c
-        table = nn.Embed(
-            config.num_classes + config.null_class,
-            config.hidden_size,
-            dtype=self.dtype,
-            embedding_init=layers.EMBEDDING_INIT,
-            name="label_embedding",
-        )
-        return c + table(labels)
+    def _modulations(self, c: layers.Vectors) -> Modulations:
+        """What condition vectors, embedded time plus embedded label, do to the network."""
+        with _numerics(self.dtype):
+            c = nn.silu(c)
+            return Modulations(self.blocks.modulations(None, c)[1], self.final.modulations(c))
 
-    def _blocks(self) -> nn.Module:
-        """All transformer blocks as one loop over stacked parameters."""
-        block = nn.remat(layers.TransformerBlock, prevent_cse=False) if self.remat else None
-        stacked = nn.scan(
-            block or layers.TransformerBlock,
-            variable_axes={"params": 0},
-            split_rngs={"params": True},
-            in_axes=nn.broadcast,
-            length=self.config.depth,
-            unroll=self.config.depth if self.unroll else 1,
+    def _loop(self) -> type[nn.Module]:
+        """A transformer block as a loop over stacked parameters."""
+        block = layers.TransformerBlock
+        if self.remat:
+            block = nn.remat(block, prevent_cse=False)
+        loop = {
+            "variable_axes": {"params": 0},
+            "split_rngs": {"params": True},
+            "length": self.config.depth,
+            "unroll": self.config.depth if self.unroll else 1,
+        }
+        return nn.scan(
+            block,
+            methods={
+                "__call__": {**loop, "in_axes": 0},
+                "modulations": {**loop, "in_axes": nn.broadcast},
+            },
         )
-        return stacked(self.config.num_heads, self.config.mlp_ratio, self.dtype, name="blocks")
+
+
+@contextlib.contextmanager
+def _numerics(dtype: Any) -> Iterator[None]:
+    """Float32 is to mean float32: accelerators would otherwise round to TF32 or bfloat16."""
+    with jax.default_matmul_precision("highest" if dtype == jnp.float32 else "default"):
+        yield

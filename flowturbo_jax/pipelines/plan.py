@@ -86,6 +86,8 @@ def resolve(
         interval = guide.check_interval(interval)
     if mode == "none" and interval is not None:
         raise InputError("guidance 'none' has no guidance_interval; leave one out")
+    if not isinstance(scale, jax.Array) and scale == 1:  # one branch gives the same, for half
+        mode, interval = "none", None
     return Plan(schedule, mode, scale, interval)
 
 

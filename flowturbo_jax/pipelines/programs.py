@@ -67,6 +67,7 @@ def make_flow(
       guidance: "none", "official" or "paired".
     """
     predictor_params, refiner_params = params
+    conditional = bool(networks.config.num_classes)
 
     def predictor(x, t, condition):
         return networks.predictor.apply({"params": predictor_params}, x, t, condition)
@@ -74,16 +75,33 @@ def make_flow(
     def refiner(x, v, t, condition):
         return networks.refiner.apply({"params": refiner_params}, x, v, t, condition)
 
+    def prepare(times, condition):
+        both = zip((networks.predictor, networks.refiner), params, strict=True)
+        return guide.Conditions(
+            *(_prepared(*network, times, condition, len(labels)) for network in both)
+        )
+
     refiner = refiner if networks.refiner is not None else None
-    if not networks.config.num_classes:
-        return guide.unguided(predictor, refiner, None)
-    if guidance == "none":
-        return guide.unguided(predictor, refiner, labels)
+    if not conditional or guidance == "none":
+        return guide.unguided(predictor, refiner, labels if conditional else None, prepare)
     null = jnp.full_like(labels, networks.config.null_label)
     if guidance == "paired":
-        return guide.paired(predictor, refiner, labels, null, scale, interval)
+        return guide.paired(predictor, refiner, labels, null, scale, interval, prepare)
     channels = networks.guided_channels
-    return guide.official(predictor, refiner, labels, null, scale, channels, interval)
+    return guide.official(predictor, refiner, labels, null, scale, channels, interval, prepare)
+
+
+def _prepared(module: Any, params: Any, times: jax.Array, condition: Any, rows: int) -> Any:
+    """What a network makes of a condition at each of the times; without `prepare`, the condition.
+
+    A condition of labels is one row each, of which there are `rows` where there are none.
+    """
+    if module is None:
+        return None
+    if not hasattr(module, "prepare"):
+        return jax.tree.map(lambda a: jnp.broadcast_to(a, (len(times), *a.shape)), condition)
+    rows = rows if condition is None else len(condition)
+    return module.apply({"params": params}, times, condition, rows, method="prepare")
 
 
 @partial(jax.jit, static_argnames=("networks", "schedule", "guidance"))
