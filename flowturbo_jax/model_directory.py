@@ -14,12 +14,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from absl import logging
 from flax import linen as nn
 
 from flowturbo_jax.checkpoint import load_params, remove_draft, save_params
 from flowturbo_jax.interfaces import InputError, Params
 from flowturbo_jax.model_description import Description, Preset
 from flowturbo_jax.models import VAE, family
+from flowturbo_jax.models.attention import for_device
 
 SHIPPED = Path(__file__).parent / "pretrained"
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
@@ -120,29 +122,38 @@ def load(name: str | Path, dtype: str = "float32") -> Model:
     """
     directory, description = resolve(name), describe(name)
     loaded: dict[str, Any] = {"refiner": None, "refiner_params": None}
-    for network, module in modules(description, dtype).items():
+    for network, module in modules(description, dtype, fast_attention=True).items():
         loaded[network] = module
         loaded[f"{network}_params"] = load_network(directory, network, module, description)
     return Model(description, **loaded)
 
 
-def modules(description: Description, dtype: str = "float32") -> dict[str, nn.Module]:
+def modules(
+    description: Description, dtype: str = "float32", fast_attention: bool = False
+) -> dict[str, nn.Module]:
     """The modules of the networks there are, by name: predictor, refiner, vae.
 
     Args:
       description: which networks.
       dtype: of their matrix products, "float32" or "bfloat16".
+      fast_attention: use a fused kernel where the device has one. Its gradients differ from run to
+        run, which training does not want.
 
     Raises:
       InputError: the dtype is unknown.
     """
     kind = family(description.family)
     build = {"predictor": kind.predictor, "refiner": kind.refiner, "vae": VAE}
-    options = {"dtype": network_dtype(dtype)}
-    return {
-        network: build[network](config, **options)
-        for network, config in description.networks.items()
-    }
+    options: dict[str, Any] = {"dtype": network_dtype(dtype)}
+    built = {}
+    for network, config in description.networks.items():
+        attention = {}
+        if fast_attention and hasattr(config, "head_size"):
+            chosen, why = for_device(jax.devices()[0], options["dtype"], config.head_size)
+            logging.info("attention of the %s by %s: %s", network, chosen, why)
+            attention = {"attention": chosen}
+        built[network] = build[network](config, **options, **attention)
+    return built
 
 
 def load_network(

@@ -7,9 +7,12 @@ The tests run on four virtual CPU devices, on any machine. On a GPU machine, wit
 Nothing here reaches into a subprocess a test starts, except the environment variables.
 """
 
+import atexit
 import ipaddress
 import os
+import shutil
 import socket
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -21,6 +24,10 @@ os.environ["JAX_PLATFORMS"] = os.environ.get("FLOWTURBO_TEST_PLATFORM", "cpu")
 DEVICE_COUNT_FLAG = "--xla_force_host_platform_device_count"
 if DEVICE_COUNT_FLAG not in os.environ.get("XLA_FLAGS", ""):
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {DEVICE_COUNT_FLAG}=4".strip()
+
+if "FLOWTURBO_CACHE" not in os.environ:  # commands keep their programs here, not at the user's
+    os.environ["FLOWTURBO_CACHE"] = tempfile.mkdtemp(prefix="flowturbo-tests-")
+    atexit.register(shutil.rmtree, os.environ["FLOWTURBO_CACHE"], ignore_errors=True)
 
 import jax  # noqa: E402  (after the environment is set)
 import jaxtyping  # noqa: E402

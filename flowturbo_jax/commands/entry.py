@@ -14,6 +14,7 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from flowturbo_jax.interfaces import InputError
+from flowturbo_jax.pipelines import program_cache
 from flowturbo_jax.recipe import Recipe
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -30,6 +31,7 @@ def run(main: Callable[[Sequence[str]], None], argv: Sequence[str] | None = None
     if threading.current_thread() is threading.main_thread():
         # As Ctrl-C does, so that what is half written goes; training has a handler of its own.
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    program_cache.enable()
     try:
         main(sys.argv if argv is None else argv)
         sys.stdout.flush()

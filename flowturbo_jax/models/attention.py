@@ -1,5 +1,6 @@
 """Scaled dot-product attention: cuDNN's fused kernel where it can, written out where it cannot."""
 
+import re
 from typing import Any
 
 import jax
@@ -43,6 +44,30 @@ def choose(
             f"not {head_size}"
         )
     return "cudnn", f"{jnp.dtype(dtype).name} heads of {head_size}"
+
+
+def for_device(device: Any, dtype: Any, head_size: int) -> tuple[str, str]:
+    """`choose` for a device, and where that is cuDNN, whether JAX can have it here.
+
+    Args:
+      device: a `jax.Device`.
+      dtype: of queries, keys and values.
+      head_size: width of a head.
+
+    Returns:
+      "xla" or "cudnn", and the reason.
+    """
+    capability = getattr(device, "compute_capability", None)
+    if not re.fullmatch(r"\d+\.\d+", str(capability)):  # an AMD GPU has a name there
+        capability = None
+    implementation, reason = choose(device.platform, dtype, head_size, capability)
+    if implementation == "cudnn":
+        heads = jax.ShapeDtypeStruct((1, HEAD_MULTIPLE, 1, head_size), dtype)
+        try:
+            jax.eval_shape(lambda h: attend(h, h, h, "cudnn"), heads)
+        except (NotImplementedError, RuntimeError, ValueError) as error:
+            return "xla", f"JAX has no cuDNN attention here: {error}"
+    return implementation, reason
 
 
 def attend(q: Heads, k: Heads, v: Heads, implementation: str = "xla") -> Heads:

@@ -140,6 +140,11 @@ class SiTConfig:
         return (self.input_size, self.input_size, self.in_channels)
 
     @property
+    def head_size(self) -> int:
+        """Width of an attention head."""
+        return self.hidden_size // self.num_heads
+
+    @property
     def null_label(self) -> int | None:
         """Index of the "no label" row, or None where the model has none."""
         return self.num_classes if self.num_classes and self.null_class else None

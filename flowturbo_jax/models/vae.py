@@ -6,21 +6,24 @@ Source: Rombach et al., arXiv 2112.10752; architecture as in diffusers' Autoenco
 import contextlib
 import dataclasses
 import math
-from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from einops import rearrange
 from flax import linen as nn
-from jaxtyping import Array, Float
 
 from flowturbo_jax.interfaces import Images, InputError, Latents, Params
+from flowturbo_jax.models.vae_blocks import (
+    GroupNorm,
+    Maps,
+    NewMaps,
+    ResidualLayer,
+    SpatialAttention,
+    Weights,
+    conv,
+    upsample,
+)
 
-Maps = Float[Array, "batch height width channels"]
-NewMaps = Float[Array, "batch rows columns features"]
-
-NORM_EPSILON = 1e-6  # diffusers vae.py: every GroupNorm(eps=1e-6)
 MAX_SIZE, MAX_DEPTH = 65536, 16  # far above any model; a wrong config would hang instead
 LOGVAR_RANGE = (-30.0, 20.0)  # diffusers vae.py: DiagonalGaussianDistribution
 
@@ -158,7 +161,7 @@ class VAE(nn.Module):
                 f"images are {list(images.shape)}; this VAE wants [B, H, W, {channels}] with H and "
                 f"W divisible by {factor}"
             )
-        with _numerics(self.dtype):
+        with _precision(self.dtype):
             mean, logvar = jnp.split(self.encoder(images).astype(images.dtype), 2, axis=-1)
         return Moments(mean, jnp.clip(logvar, *LOGVAR_RANGE))
 
@@ -171,7 +174,7 @@ class VAE(nn.Module):
         Returns:
           Images `[B, H f, W f, out_channels]`, pixels about [-1, 1], not clipped.
         """
-        with _numerics(self.dtype):
+        with _precision(self.dtype):
             return self.decoder(z).astype(z.dtype)
 
     def __call__(self, images: Images) -> NewMaps:
@@ -195,7 +198,7 @@ class Encoder(nn.Module):
     def __call__(self, x: Images) -> NewMaps:
         config, dtype = self.config, self.dtype
         widths = config.block_out_channels
-        h = _conv(widths[0], dtype, "conv_in")(x.astype(dtype))
+        h = conv(widths[0], dtype, "conv_in")(x.astype(dtype))
         for level, width in enumerate(widths):
             for layer in range(config.layers_per_block):
                 name = f"down_{level}_resnet_{layer}"
@@ -203,12 +206,12 @@ class Encoder(nn.Module):
             if level + 1 < len(widths):
                 # diffusers downsampling.py pads on the right and at the bottom only.
                 name, padding = f"down_{level}_downsample", ((0, 1), (0, 1))
-                h = _conv(width, dtype, name, strides=(2, 2), padding=padding)(h)
+                h = conv(width, dtype, name, strides=(2, 2), padding=padding)(h)
         h = MiddleLayers(config, dtype, name="mid")(h)
-        h = nn.silu(_norm(config.norm_num_groups, dtype, "norm_out")(h))
-        h = _conv(2 * config.latent_channels, dtype, "conv_out")(h)
+        h = nn.silu(GroupNorm(config.norm_num_groups, dtype, name="norm_out")(h))
+        h = conv(2 * config.latent_channels, dtype, "conv_out")(h)
         if config.use_quant_conv:
-            h = _conv(2 * config.latent_channels, dtype, "quant", kernel=1)(h)
+            h = conv(2 * config.latent_channels, dtype, "quant", kernel=1)(h)
         return h
 
 
@@ -224,18 +227,18 @@ class Decoder(nn.Module):
         widths = config.block_out_channels[::-1]
         h = z.astype(dtype)
         if config.use_post_quant_conv:
-            h = _conv(config.latent_channels, dtype, "post_quant", kernel=1)(h)
-        h = _conv(widths[0], dtype, "conv_in")(h)
+            h = conv(config.latent_channels, dtype, "post_quant", kernel=1)(h)
+        h = conv(widths[0], dtype, "conv_in")(h)
         h = MiddleLayers(config, dtype, name="mid")(h)
         for level, width in enumerate(widths):
             for layer in range(config.layers_per_block + 1):
                 name = f"up_{level}_resnet_{layer}"
                 h = ResidualLayer(width, config.norm_num_groups, dtype, name=name)(h)
             if level + 1 < len(widths):
-                h = h.repeat(2, axis=1).repeat(2, axis=2)
-                h = _conv(width, dtype, f"up_{level}_upsample")(h)
-        h = nn.silu(_norm(config.norm_num_groups, dtype, "norm_out")(h))
-        return _conv(config.out_channels, dtype, "conv_out")(h)
+                weights = Weights((3, 3, width, width), name=f"up_{level}_upsample")()
+                h = upsample(h, *weights)
+        h = nn.silu(GroupNorm(config.norm_num_groups, dtype, name="norm_out")(h))
+        return conv(config.out_channels, dtype, "conv_out")(h)
 
 
 class MiddleLayers(nn.Module):
@@ -253,67 +256,7 @@ class MiddleLayers(nn.Module):
         return ResidualLayer(width, groups, dtype, name="resnet_1")(x)
 
 
-class ResidualLayer(nn.Module):
-    """Twice group norm, SiLU and a 3x3 convolution, added to the input (or its 1x1 convolution)."""
-
-    width: int
-    groups: int
-    dtype: Any
-
-    @nn.compact
-    def __call__(self, x: Maps) -> NewMaps:
-        h = nn.silu(_norm(self.groups, self.dtype, "norm1")(x))
-        h = _conv(self.width, self.dtype, "conv1")(h)
-        h = nn.silu(_norm(self.groups, self.dtype, "norm2")(h))
-        h = _conv(self.width, self.dtype, "conv2")(h)
-        if x.shape[-1] != self.width:
-            x = _conv(self.width, self.dtype, "shortcut", kernel=1)(x)
-        return x + h
-
-
-class SpatialAttention(nn.Module):
-    """Self-attention over all pixels with one head, added to the input."""
-
-    groups: int
-    dtype: Any
-
-    @nn.compact
-    def __call__(self, x: Maps) -> Maps:
-        height, width, channels = x.shape[1:]
-        h = _norm(self.groups, self.dtype, "norm")(x)
-        h = rearrange(h, "b h w c -> b (h w) c")
-        q, k, v = (
-            nn.Dense(channels, dtype=self.dtype, name=name)(h)[:, :, None, :]
-            for name in ("query", "key", "value")
-        )
-        h = jax.nn.dot_product_attention(q, k, v)[:, :, 0, :]
-        h = nn.Dense(channels, dtype=self.dtype, name="out")(h)
-        return x + rearrange(h, "b (h w) c -> b h w c", h=height, w=width)
-
-
-def _conv(
-    features: int,
-    dtype: Any,
-    name: str,
-    kernel: int = 3,
-    strides: tuple[int, int] = (1, 1),
-    padding: Any = "SAME",
-) -> nn.Conv:
-    return nn.Conv(features, (kernel, kernel), strides, padding, dtype=dtype, name=name)
-
-
-def _norm(groups: int, dtype: Any, name: str) -> nn.GroupNorm:
-    # Variance in two passes, as PyTorch's: E[x^2] - E[x]^2 cancels where the mean is large.
-    return nn.GroupNorm(
-        groups, epsilon=NORM_EPSILON, dtype=dtype, use_fast_variance=False, name=name
-    )
-
-
-@contextlib.contextmanager
-def _numerics(dtype: Any) -> Iterator[None]:
+def _precision(dtype: Any) -> contextlib.AbstractContextManager:
     """What holds while a network of that dtype is traced."""
     # Float32 is to mean float32: accelerators would otherwise round to TF32 or bfloat16.
-    exact = "highest" if dtype == jnp.float32 else "default"
-    # Flax's group norm and jax.nn's attention mix bfloat16 with the float32 they reduce in.
-    with jax.default_matmul_precision(exact), jax.numpy_dtype_promotion("standard"):
-        yield
+    return jax.default_matmul_precision("highest" if dtype == jnp.float32 else "default")

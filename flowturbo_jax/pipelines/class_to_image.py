@@ -1,21 +1,29 @@
 """From labels to images: condition, noise, sampler and decoding as one compiled program."""
 
-import numbers
+import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from absl import logging
 
 from flowturbo_jax import model_directory, parallel, path
-from flowturbo_jax.class_names import label_of
 from flowturbo_jax.interfaces import ImageBytes, InputError, Latents
 from flowturbo_jax.model_directory import Model
-from flowturbo_jax.pipelines import programs
+from flowturbo_jax.pipelines import program_cache, programs
 from flowturbo_jax.pipelines.plan import Plan, resolve
-from flowturbo_jax.pipelines.requests import check_batch_size, seeds_and_indices
+from flowturbo_jax.pipelines.requests import (
+    check_batch_size,
+    check_images,
+    check_labels,
+    check_latents,
+    check_noise,
+    seeds_and_indices,
+)
 from flowturbo_jax.schedule import Schedule
 
 ENCODING = np.uint32(0x9E3779B9)
@@ -35,8 +43,9 @@ class ClassToImage:
         networks compute in.
     """
 
-    def __init__(self, model: Model):
+    def __init__(self, model: Model, say: Callable[[str], Any] = logging.info):
         self.model = model
+        self._say = say
         # Networks cast each kernel to their dtype before they use it: cast once, they are smaller.
         self.params = jax.tree.map(
             lambda a: jnp.asarray(a, model.predictor.dtype),
@@ -45,22 +54,31 @@ class ClassToImage:
         # The VAE's group norms want their parameters in float32.
         vae = model.vae_params or {}
         self._decoder = jax.tree.map(jnp.asarray, {k: v for k, v in vae.items() if k == "decoder"})
+        self._ready: dict[Any, Callable[..., ImageBytes]] = {}  # compiled programs
         self._mapped: dict[Any, Callable[..., Any]] = {}  # programs over all devices
         self._replicated: Any = None  # the parameters on each of them
 
     @classmethod
-    def load(cls, directory: str | Path, dtype: str = "float32") -> "ClassToImage":
+    def load(
+        cls,
+        directory: str | Path,
+        dtype: str = "float32",
+        say: Callable[[str], Any] = logging.info,
+    ) -> "ClassToImage":
         """Loads a model directory, or a shipped model by its name ("digits").
 
         Args:
           directory: path or shipped name.
           dtype: of the networks' matrix products and of their parameters on the device, "float32"
             or "bfloat16"; x stays float32.
+          say: is told, in a line, what is compiled and how long that took.
 
         Raises:
           InputError: the directory is missing, damaged, or does not fit its description.
         """
-        return cls(model_directory.load(directory, dtype))
+        with program_cache.preparing():
+            model = model_directory.load(directory, dtype)
+        return cls(model, say)
 
     def __call__(
         self,
@@ -98,7 +116,7 @@ class ClassToImage:
           InputError: a label, seed, schedule, guidance or batch size the model cannot take.
         """
         self._check_shows_images()
-        labels = self._check_labels(labels)
+        labels = check_labels(labels, self.model.description)
         seeds, indices = seeds_and_indices(seeds, first_index, len(labels))
         plan = self.plan(schedule, guidance_scale, guidance, guidance_interval)
         if batch_size is not None:
@@ -138,9 +156,7 @@ class ClassToImage:
         check_batch_size(batch_size)
         plan = self.plan(schedule, guidance_scale, guidance, guidance_interval)
         seeds, indices = seeds_and_indices(0, 0, batch_size)
-        labels = np.zeros(batch_size, np.int32)
-        noise = (self.params, self._decoder, seeds, indices, labels)
-        programs.sample_images.lower(*noise, *plan.arguments, **self._static(plan)).compile()
+        self._program(plan, self._arguments(seeds, indices, np.zeros(batch_size, np.int32), plan))
 
     def on_all_devices(self, plan: Plan) -> Callable[[Any, Any, Any], tuple[Any, Any]]:
         """The sampler over all devices of this process, for measurements.
@@ -168,8 +184,31 @@ class ClassToImage:
         return lambda seeds, indices, labels: mapped(frozen, (seeds, indices, labels))
 
     def _sample_images(self, seeds: Any, indices: Any, labels: Any, plan: Plan) -> ImageBytes:
-        noise = (self.params, self._decoder, seeds, indices, labels)
-        return programs.sample_images(*noise, *plan.arguments, **self._static(plan))
+        arguments = self._arguments(seeds, indices, labels, plan)
+        if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(arguments)):
+            return programs.sample_images(*arguments, **self._static(plan))
+        return self._program(plan, arguments)(*arguments)
+
+    def _arguments(self, seeds: Any, indices: Any, labels: Any, plan: Plan) -> tuple[Any, ...]:
+        return (self.params, self._decoder, seeds, indices, labels, *plan.arguments)
+
+    def _program(self, plan: Plan, arguments: tuple[Any, ...]) -> Callable[..., ImageBytes]:
+        """The compiled program that takes these arguments; made, or loaded, where it is new."""
+        static, batch_size = self._static(plan), len(arguments[2])
+        selected = (plan.schedule, plan.guidance, plan.interval is None, batch_size)
+        if selected not in self._ready:
+            what = f"{plan.schedule} for a batch of {batch_size}"
+            self._say(f"compiling {what} ...")
+            begin = time.perf_counter()
+            if program_cache.enabled():
+                key = {"function": "generate", **static}
+                made = partial(programs.generate_images, **static)
+                self._ready[selected] = program_cache.program(made, arguments, key)
+            else:
+                programs.sample_images.lower(*arguments, **static).compile()
+                self._ready[selected] = partial(programs.sample_images, **static)
+            self._say(f"{what}: ready after {time.perf_counter() - begin:.1f} s")
+        return self._ready[selected]
 
     def _static(self, plan: Plan) -> dict[str, Any]:
         """What selects a program, beside the shapes."""
@@ -205,15 +244,9 @@ class ClassToImage:
         Raises:
           InputError: as `__call__`, or the noise is of another shape.
         """
-        shape = self.model.description.predictor.shape
         noise = jnp.asarray(noise)
-        if noise.ndim != 4 or noise.shape[1:] != shape or noise.dtype != jnp.float32:
-            height, width, channels = shape
-            raise InputError(
-                f"noise is {noise.dtype}{list(noise.shape)}; this model wants "
-                f"float32[B, {height}, {width}, {channels}]"
-            )
-        labels = self._check_labels(labels)
+        check_noise(noise, self.model.description)
+        labels = check_labels(labels, self.model.description)
         if len(labels) != len(noise):
             raise InputError(f"{len(labels)} labels for {len(noise)} noises; one each is needed")
         plan = self.plan(schedule, guidance_scale, guidance, guidance_interval)
@@ -234,24 +267,12 @@ class ClassToImage:
           InputError: the images are no such array, or the sides are not divisible by the VAE's f.
         """
         images, vae = jnp.asarray(images), self.model.vae
-        channels = (
-            self.model.description.predictor.shape[-1] if vae is None else vae.config.in_channels
-        )
-        factor = 1 if vae is None else vae.config.downsampling
-        if (
-            images.ndim != 4
-            or images.dtype != jnp.uint8
-            or images.shape[-1] != channels
-            or any(side % factor for side in images.shape[1:3])
-        ):
-            raise InputError(
-                f"images are {images.dtype}{list(images.shape)}; this model encodes "
-                f"uint8[B, H, W, {channels}] with H and W divisible by {factor}"
-            )
+        check_images(images, self.model.description)
         noise = None
         if seed is not None and vae is not None:
             seeds, indices = seeds_and_indices(seed, 0, len(images))
             seeds = seeds ^ ENCODING  # not the noise that image i of this seed is sampled from
+            factor = vae.config.downsampling
             height, width = (side // factor for side in images.shape[1:3])
             shape = (height, width, vae.config.latent_channels)
             noise = path.sample_noise(jnp.asarray(seeds), jnp.asarray(indices), shape)
@@ -272,12 +293,8 @@ class ClassToImage:
           InputError: the latents are no such array.
         """
         self._check_shows_images()
-        latents, channels = jnp.asarray(latents), self.model.description.predictor.shape[-1]
-        if latents.ndim != 4 or latents.dtype != jnp.float32 or latents.shape[-1] != channels:
-            raise InputError(
-                f"latents are {latents.dtype}{list(latents.shape)}; this model decodes "
-                f"float32[B, H, W, {channels}]"
-            )
+        latents = jnp.asarray(latents)
+        check_latents(latents, self.model.description)
         return programs.decode(self._decoder, latents, networks=programs.Networks(self.model))
 
     def check(
@@ -294,7 +311,7 @@ class ClassToImage:
           InputError: a label, schedule or guidance the model cannot take.
         """
         self._check_shows_images()
-        self._check_labels(labels)
+        check_labels(labels, self.model.description)
         self.plan(schedule, guidance_scale, guidance, guidance_interval)
 
     def plan(
@@ -319,30 +336,3 @@ class ClassToImage:
                 f"this model moves latents of {channels} channels and has no VAE to decode them: "
                 "convert it again with --vae, or use sample_latents"
             )
-
-    def _check_labels(self, labels: Any) -> np.ndarray | jax.Array:
-        """Labels as an array; JAX would silently clamp those out of range."""
-        if isinstance(labels, jax.core.Tracer):
-            return labels
-        classes = self.model.description.predictor.num_classes
-        if isinstance(labels, np.ndarray) and labels.dtype.kind == "U":
-            labels = labels.tolist()
-        if isinstance(labels, list | tuple) and any(isinstance(label, str) for label in labels):
-            for label in labels:
-                if isinstance(label, bool) or not isinstance(label, str | numbers.Integral):
-                    raise InputError(f"label {label!r} is neither a class number nor a name")
-            names = self.model.description.class_names
-            labels = [label_of(label, names) for label in labels]
-        labels = np.asarray(labels)
-        if labels.ndim != 1 or not len(labels) or labels.dtype.kind not in "iu":
-            raise InputError(
-                f"labels are {labels.dtype}{list(labels.shape)}; wanted is a list of class numbers "
-                "or names"
-            )
-        wrong = labels[(labels < 0) | (labels >= max(classes, 1))]
-        if len(wrong):
-            raise InputError(
-                f"label {wrong[0]} is out of range; this model has "
-                + (f"the classes 0 to {classes - 1}" if classes else "no classes: use label 0")
-            )
-        return labels.astype(np.int32)  # not JAX's, which compiles a conversion per length

@@ -44,6 +44,9 @@ class Networks:
     def __hash__(self) -> int:
         return hash(self._key)
 
+    def __repr__(self) -> str:
+        return repr(self._key)
+
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Networks) and self._key == other._key
 
@@ -55,6 +58,7 @@ def make_flow(
     scale: jax.Array,
     interval: jax.Array | None,
     guidance: str,
+    refining: bool = True,
 ) -> Flow:
     """The flow of a model's networks under labels.
 
@@ -65,6 +69,7 @@ def make_flow(
       scale: guidance scale `[]` float32.
       interval: first and last flow time of guidance `[2]` float32; None for all of the time.
       guidance: "none", "official" or "paired".
+      refining: whether the refiner will be called, if there is one.
     """
     predictor_params, refiner_params = params
     conditional = bool(networks.config.num_classes)
@@ -75,13 +80,16 @@ def make_flow(
     def refiner(x, v, t, condition):
         return networks.refiner.apply({"params": refiner_params}, x, v, t, condition)
 
+    refining = refining and networks.refiner is not None
+    both = [(networks.predictor, predictor_params)]
+    both.append((networks.refiner, refiner_params) if refining else (None, None))
+
     def prepare(times, condition):
-        both = zip((networks.predictor, networks.refiner), params, strict=True)
         return guide.Conditions(
             *(_prepared(*network, times, condition, len(labels)) for network in both)
         )
 
-    refiner = refiner if networks.refiner is not None else None
+    refiner = refiner if refining else None
     if not conditional or guidance == "none":
         return guide.unguided(predictor, refiner, labels if conditional else None, prepare)
     null = jnp.full_like(labels, networks.config.null_label)
@@ -117,7 +125,7 @@ def sample_latents(
     guidance: str,
 ) -> Latents:
     """Latents `[B, H, W, C]` from noise of that shape."""
-    flow = make_flow(networks, params, labels, scale, interval, guidance)
+    flow = make_flow(networks, params, labels, scale, interval, guidance, schedule.needs_refiner)
     return sampler.sample(flow, noise, schedule)
 
 
@@ -139,15 +147,17 @@ def generate(
     Bytes cannot say that a sampler or a decoder diverged; not compiled by itself.
     """
     noise = path.sample_noise(seeds, indices, networks.config.shape)
-    flow = make_flow(networks, params, labels, scale, interval, guidance)
+    flow = make_flow(networks, params, labels, scale, interval, guidance, schedule.needs_refiner)
     pixels = _decode(networks, decoder_params, sampler.sample(flow, noise, schedule))
     return images.to_uint8(pixels), jnp.isfinite(pixels).all(axis=(1, 2, 3))
 
 
-@partial(jax.jit, static_argnames=("networks", "schedule", "guidance"))
-def sample_images(*arguments: Any, **static: Any) -> ImageBytes:
-    """The images of `generate`, whose arguments it takes, as one compiled program."""
+def generate_images(*arguments: Any, **static: Any) -> ImageBytes:
+    """The images of `generate`, whose arguments it takes; not compiled by itself."""
     return generate(*arguments, **static)[0]
+
+
+sample_images = jax.jit(generate_images, static_argnames=("networks", "schedule", "guidance"))
 
 
 @partial(jax.jit, static_argnames=("networks",))

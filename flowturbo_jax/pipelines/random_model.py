@@ -1,4 +1,4 @@
-"""Models of the published sizes with random weights: as slow as the real ones, nothing to download."""
+"""Models of the published sizes with random weights: as slow as the real ones."""
 
 import jax
 import numpy as np
@@ -50,14 +50,16 @@ def random_model(
         source={"weights": f"random, seed {seed}"},
     )
     loaded = {}
-    for index, (network, module) in enumerate(modules(description, dtype).items()):
+    for index, (network, module) in enumerate(
+        modules(description, dtype, fast_attention=True).items()
+    ):
         loaded[network] = module
         loaded[f"{network}_params"] = _random(abstract_params(module), [seed, index])
     return Model(description, **loaded)
 
 
 def _random(shapes: Params, seed: list[int]) -> Params:
-    """Numbers for every parameter: kernels keep the variance of what they multiply, scales are 1."""
+    """Numbers for every parameter: kernels keep the variance of their input, scales are near 1."""
     rng = np.random.default_rng(seed)
 
     def fill(path, leaf):

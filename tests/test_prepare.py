@@ -1,0 +1,150 @@
+"""What depends on times alone is computed once for all of them, and changes no result."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+
+import flowturbo_jax as ft
+from flowturbo_jax import sampler
+from flowturbo_jax.interfaces import Moment
+from flowturbo_jax.model_directory import Model, modules
+from flowturbo_jax.pipelines import programs
+
+LABELS = jnp.array([1, 2, 3], jnp.int32)
+MODES = ("none", "official", "paired")
+
+
+def model(**fields):
+    description = tiny.description(**fields)
+    built = modules(description)
+    params = {name: tiny.random_params(module, 3) for name, module in built.items()}
+    return Model(
+        description, built["predictor"], params["predictor"], built["refiner"], params["refiner"]
+    )
+
+
+@pytest.fixture(scope="module")
+def digits_like():
+    return model()
+
+
+def flow_of(given, mode, interval=None):
+    params = (given.predictor_params, given.refiner_params)
+    interval = None if interval is None else jnp.asarray(interval, jnp.float32)
+    return programs.make_flow(
+        programs.Networks(given), params, LABELS, jnp.float32(1.7), interval, mode
+    )
+
+
+def noise_of(given):
+    shape = (len(LABELS), *given.description.predictor.shape)
+    return jnp.asarray(np.random.default_rng(0).standard_normal(shape), jnp.float32)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("interval", [None, (0.3, 0.8)])
+def test_prepared_conditions_change_no_latents(digits_like, mode, interval):
+    """To rounding: the same products, of more rows at once."""
+    if mode == "none" and interval:
+        return
+    flow = flow_of(digits_like, mode, interval)
+    plain = flow._replace(prepare=None)
+    noise = noise_of(digits_like)
+    for schedule in ("H1P2R2", "P2Rc1E1"):
+        given = [jax.jit(partial(ft.sample, f, schedule=schedule))(noise) for f in (flow, plain)]
+        np.testing.assert_allclose(*given, atol=2e-6)
+
+
+def test_an_unconditional_model_and_a_reversed_clock_prepare_too():
+    for fields in ({"num_classes": 0}, {"reversed_time": True}, {"null_class": False}):
+        given = model(**fields)
+        flow = flow_of(given, "none")
+        noise = noise_of(given)
+        results = [
+            jax.jit(partial(ft.sample, f, schedule="H1R1"))(noise)
+            for f in (flow, flow._replace(prepare=None))
+        ]
+        np.testing.assert_allclose(*results, atol=2e-6)
+
+
+def test_every_evaluation_gets_what_was_prepared_for_its_time():
+    seen = []
+
+    def predict(x, t):
+        assert isinstance(t, Moment)
+        return jnp.full_like(x, 0.0) + t.prepared - t.t  # zero if it is that of t
+
+    def prepare(times):
+        seen.append(times.shape)
+        return times
+
+    flow = ft.Flow(predict, lambda x, t, m: jnp.zeros_like(m) + t.prepared - t.t, prepare=prepare)
+    x = jnp.ones((2, 3))
+    for schedule in ("E2", "H2", "P3", "H1P1R2", "H1Rc1"):
+        np.testing.assert_array_equal(ft.sample(flow, x, schedule), x)
+    assert set(seen) == {(3,), (4,), (5,)}  # steps + 1
+
+
+def test_after_step_is_given_plain_times():
+    times = []
+
+    def after(state, t):
+        times.append(t.shape)
+        return state
+
+    flow = ft.Flow(lambda x, t: x, prepare=lambda times: times)
+    ft.sample(flow, jnp.ones((1, 2)), "H2", after_step=after)
+    assert times == [()]
+
+
+def test_what_would_take_too_much_memory_is_made_step_by_step(digits_like, monkeypatch):
+    flow, noise = flow_of(digits_like, "paired"), noise_of(digits_like)
+    kinds = []
+
+    def watched(x, t):
+        kinds.append(type(t))
+        return flow.predict(x, t)
+
+    watching = flow._replace(predict=watched)
+    first = ft.sample(watching, noise, "H2")
+    assert set(kinds) == {Moment}
+    kinds.clear()
+    monkeypatch.setattr(sampler, "PREPARED_BYTES", 1000)
+    second = ft.sample(watching, noise, "H2")
+    assert Moment not in kinds
+    np.testing.assert_allclose(first, second, atol=2e-6)
+
+
+def test_gradients_and_vmap_go_through_prepared_conditions(digits_like):
+    flow, noise = flow_of(digits_like, "paired"), noise_of(digits_like)
+
+    def loss(flow, t_start):
+        return jnp.sum(ft.sample(flow, noise, "H1R1", t_start=t_start) ** 2)
+
+    for kind in (jax.grad, lambda f: jax.vmap(f, in_axes=0)):
+        at = jnp.float32(0.2) if kind is jax.grad else jnp.array([0.1, 0.3])
+        found = [jax.jit(kind(partial(loss, f)))(at) for f in (flow, flow._replace(prepare=None))]
+        np.testing.assert_allclose(*found, rtol=1e-4)
+
+
+def test_an_evaluation_with_prepared_conditions_reads_no_conditioning_weights(digits_like):
+    """A third of SiT-XL/2: adaLN, and the embeddings of time and label."""
+    network, params = digits_like.predictor, digits_like.predictor_params
+    x = noise_of(digits_like)
+    made = network.apply({"params": params}, jnp.array([0.3]), LABELS, 3, method="prepare")
+    condition = jax.tree.map(lambda leaf: leaf[0], made)
+    plain = network.apply({"params": params}, x, jnp.float32(0.3), LABELS)
+
+    def spoilt(path, leaf):
+        name = jax.tree_util.keystr(path)
+        unread = ("modulation", "time_embedding", "label_embedding")
+        return jnp.full_like(leaf, jnp.nan) if any(part in name for part in unread) else leaf
+
+    broken = jax.tree_util.tree_map_with_path(spoilt, params)
+    out = network.apply({"params": broken}, x, jnp.float32(0.3), condition)
+    np.testing.assert_allclose(out, plain, atol=2e-6)
+    assert not np.isfinite(network.apply({"params": broken}, x, jnp.float32(0.3), LABELS)).any()
