@@ -6,6 +6,7 @@ from flowturbo_jax.guidance import MODES, check_interval
 from flowturbo_jax.interfaces import InputError
 from flowturbo_jax.model_description import PRESET_NAMES
 from flowturbo_jax.model_directory import network_dtype
+from flowturbo_jax.quantization import KINDS
 from flowturbo_jax.recipe import Recipe
 from flowturbo_jax.schedule import Schedule
 
@@ -29,6 +30,7 @@ class SampleConfig(Recipe):
       labels: the classes to sample in turn, numbers or names with commas between; "" for all.
       data: real data to compare the samples with ("digits"); "" for no scores.
       dtype: of the networks' matrix products.
+      quantization: "int8" or "fp8" for those of the transformer blocks; "" for dtype.
       out: folder the picture and the numbers are written to.
     """
 
@@ -46,6 +48,7 @@ class SampleConfig(Recipe):
     labels: str = ""
     data: str = ""
     dtype: str = "float32"
+    quantization: str = ""
     out: str = "outputs"
 
     def __post_init__(self):
@@ -54,6 +57,7 @@ class SampleConfig(Recipe):
         self.check_range(("seed",), 0, 2**32)
         self.check_choice("guidance", ("", *MODES))
         self.check_choice("data", ("", "digits"))
+        self.check_choice("quantization", ("", *KINDS))
         if self.data and self.samples < 2:
             raise InputError("scores need at least 2 samples; raise samples, or set data to ''")
         network_dtype(self.dtype)

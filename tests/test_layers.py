@@ -40,6 +40,7 @@ LAYERS = (  # lowest first; patterns are relative to the package, but for the tw
             "parallel.py",
             "model_description.py",
             "model_directory.py",
+            "quantization.py",
             "logbook.py",
             "recipe.py",
             "train_config.py",

@@ -73,6 +73,7 @@ def _parser() -> LineParser:
     add("--guidance-interval", help="flow times such as 0.1:0.8; all of the time")
     add("--batch-size", type=int, default=250, help="images per call, over all devices (250)")
     add("--dtype", default="float32", help="float32 or bfloat16 (float32)")
+    add("--quantization", help="int8 or fp8 for the transformer blocks' matrix products")
     add("--images", help="folder for the images as PNG, a sub-folder per schedule and seed")
     add("--npz", help="folder for the images as arr_0 in .npz, a file per schedule and seed")
     add("--compare", nargs=2, metavar="FILE", help="two files of results")
@@ -89,7 +90,7 @@ def _measure(args: argparse.Namespace) -> list[dict[str, Any]]:
     _check(args)
     seeds = _seeds(args.seeds)
     out = output_file.named(args.out)
-    pipe = ClassToImage.load(args.model_dir, args.dtype)
+    pipe = ClassToImage.load(args.model_dir, args.dtype, args.quantization)
     asked = (args.guidance_scale, args.guidance, args.guidance_interval)
     texts = args.schedules.split(",")
     for text in texts:

@@ -35,7 +35,7 @@ def sample(config: Mapping[str, Any] | ConfigDict) -> dict[str, Any]:
       InputError: the recipe or the model directory is wrong.
     """
     config = SampleConfig.create(config)
-    pipe = ClassToImage.load(config.model_dir, config.dtype, say)
+    pipe = ClassToImage.load(config.model_dir, config.dtype, config.quantization or None, say)
     judges = judging.digits_judges() if config.data else None
     if judges is not None:
         hint = " (to sample without scores: --config.data= --config.baseline=)"

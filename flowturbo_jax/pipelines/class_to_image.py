@@ -24,6 +24,7 @@ from flowturbo_jax.pipelines.requests import (
     check_noise,
     seeds_and_indices,
 )
+from flowturbo_jax.quantization import cast, check_kind, quantize
 from flowturbo_jax.schedule import Schedule
 
 ENCODING = np.uint32(0x9E3779B9)
@@ -47,10 +48,7 @@ class ClassToImage:
         self.model = model
         self._say = say
         # Networks cast each kernel to their dtype before they use it: cast once, they are smaller.
-        self.params = jax.tree.map(
-            lambda a: jnp.asarray(a, model.predictor.dtype),
-            (model.predictor_params, model.refiner_params),
-        )
+        self.params = cast((model.predictor_params, model.refiner_params), model.predictor.dtype)
         # The VAE's group norms want their parameters in float32.
         vae = model.vae_params or {}
         self._decoder = jax.tree.map(jnp.asarray, {k: v for k, v in vae.items() if k == "decoder"})
@@ -63,6 +61,7 @@ class ClassToImage:
         cls,
         directory: str | Path,
         dtype: str = "float32",
+        quantization: str | None = None,
         say: Callable[[str], Any] = logging.info,
     ) -> "ClassToImage":
         """Loads a model directory, or a shipped model by its name ("digits").
@@ -71,14 +70,17 @@ class ClassToImage:
           directory: path or shipped name.
           dtype: of the networks' matrix products and of their parameters on the device, "float32"
             or "bfloat16"; x stays float32.
+          quantization: "int8" or "fp8" for the matrix products of the transformer blocks, where the
+            device is faster at them or memory is short; needs qwix (docs/speed.md). None for dtype.
           say: is told, in a line, what is compiled and how long that took.
 
         Raises:
           InputError: the directory is missing, damaged, or does not fit its description.
         """
+        check_kind(quantization)
         with program_cache.preparing():
             model = model_directory.load(directory, dtype)
-        return cls(model, say)
+        return cls(model if quantization is None else quantize(model, quantization), say)
 
     def __call__(
         self,

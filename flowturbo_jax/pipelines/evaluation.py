@@ -17,6 +17,7 @@ from flowturbo_jax.pipelines.class_to_image import ClassToImage
 from flowturbo_jax.pipelines.image_files import ImageFiles
 from flowturbo_jax.pipelines.judging import Judges
 from flowturbo_jax.pipelines.plan import Plan
+from flowturbo_jax.quantization import QuantizedModel
 
 LIBRARIES = ("jax", "jaxlib", "flax", "numpy", "scikit-learn")
 LABEL_SAMPLINGS = ("balanced", "random")
@@ -239,6 +240,9 @@ def protocol_card(
         "devices": parallel.total_devices(),
         "versions": {name: importlib.metadata.version(name) for name in LIBRARIES},
     }
+    if isinstance(pipe.model, QuantizedModel):  # else unsaid: cards of before stay as they are
+        card["quantization"] = pipe.model.quantization
+        card["versions"]["qwix"] = importlib.metadata.version("qwix")
     if description.vae is not None:
         card["vae_sha256"] = pipe.model.fingerprints["vae"]
     if judges is not None:

@@ -8,17 +8,17 @@ import contextlib
 import functools
 import hashlib
 import importlib
+import importlib.metadata
 import json
 import os
+import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import flax
 import jax
-import jaxlib
 import numpy as np
 from absl import logging
 from jax import export
@@ -131,7 +131,7 @@ def _key(tree: Any, shapes: list[jax.ShapeDtypeStruct], selected: Mapping[str, A
         "tree": str(tree),
         "shapes": [(shape.shape, np.dtype(shape.dtype).name) for shape in shapes],
         "device": (device.platform, device.device_kind),
-        "versions": [jax.__version__, jaxlib.__version__, flax.__version__],
+        "versions": {name: importlib.metadata.version(name) for name in _libraries()},
         "source": source_digest(),
         "settings": [
             jax.config.jax_enable_x64,
@@ -141,6 +141,12 @@ def _key(tree: Any, shapes: list[jax.ShapeDtypeStruct], selected: Mapping[str, A
         ],
     }
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+def _libraries() -> list[str]:
+    """The libraries that a program is traced with."""
+    optional = [name for name in ("qwix",) if name in sys.modules]
+    return ["jax", "jaxlib", "flax", *optional]
 
 
 @functools.cache

@@ -23,6 +23,7 @@ from flowturbo_jax.pipelines import programs
 from flowturbo_jax.pipelines.class_to_image import ClassToImage
 from flowturbo_jax.pipelines.evaluation import protocol_card
 from flowturbo_jax.pipelines.plan import Plan
+from flowturbo_jax.quantization import cast
 from flowturbo_jax.schedule import Schedule
 
 LEAST_STEPS = 3  # a second difference needs as many velocities
@@ -243,10 +244,7 @@ def measure(
 def _on_all_devices(model: Model, plan: Plan) -> Callable[[Any], Stability]:
     """`trace` of a batch of (seeds, noises, labels), `[B]` each, as one compiled program."""
     networks, (scale, interval) = programs.Networks(model), plan.arguments
-    params = jax.tree.map(
-        lambda a: jnp.asarray(a, model.predictor.dtype),
-        (model.predictor_params, model.refiner_params),
-    )
+    params = cast((model.predictor_params, model.refiner_params), model.predictor.dtype)
 
     def share(frozen: Any, batch: Any) -> Stability:
         params, scale, interval = frozen
