@@ -12,7 +12,6 @@ by a function `prepare(times, condition) -> Conditions`; the networks then get t
 """
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -36,7 +35,7 @@ class Conditions(NamedTuple):
     """What the networks take in place of a condition; of many times, behind an axis `[N]`.
 
     Attributes:
-      predictor: a pytree of arrays.
+      predictor: a pytree of arrays, batch first.
       refiner: the same for the refiner; None where there is no refiner.
     """
 
@@ -103,10 +102,8 @@ def unguided(
         time, given = _at(t, condition)
         return refiner(x, memory, time, given.refiner)
 
-    def ready(times):
-        return Prepared(prepare(times, condition))
-
-    return Flow(predict, refine if refiner else None, prepare=ready if prepare else None)
+    ready = None if prepare is None else lambda times: prepare(times, condition)
+    return Flow(predict, refine if refiner else None, prepare=ready)
 
 
 def paired(
@@ -198,18 +195,6 @@ def _guide(pair: Branches, scale: Scale) -> Velocity:
     return uncond + jnp.asarray(scale, uncond.dtype) * (cond - uncond)
 
 
-class Prepared(NamedTuple):
-    """What a guided flow prepares.
-
-    Attributes:
-      all: for every row that is evaluated at once.
-      alone: for the conditional rows, where they may be evaluated alone; None elsewhere.
-    """
-
-    all: Conditions
-    alone: Conditions | None = None
-
-
 class _Branches:
     """Both branches' networks as one evaluation over a doubled batch, `[2, B, ...]` out.
 
@@ -220,18 +205,16 @@ class _Branches:
     def __init__(self, predictor, refiner, condition, null_condition, interval, prepare):
         self._predictor = predictor
         self._refiner = refiner
-        self._condition, self._interval = condition, interval
+        self._interval = interval
         self._conditions = jax.tree.map(
             lambda a, b: jnp.concatenate([a, b]), condition, null_condition
         )
-        self.prepare = None if prepare is None else partial(self._prepare, prepare)
+        self.prepare = None if prepare is None else lambda times: prepare(times, self._conditions)
 
-    def _prepare(self, prepare: PrepareFunction, times: Any) -> Prepared:
-        alone = None if self._interval is None else prepare(times, self._condition)
-        return Prepared(prepare(times, self._conditions), alone)
-
-    def _given(self, t: Time | Moment, alone: bool = False) -> tuple[Time, Conditions]:
-        return _at(t, self._condition if alone else self._conditions, alone)
+    def _given(self, t: Time | Moment, rows: int | None = None) -> tuple[Time, Conditions]:
+        """A time, and what the networks take at it: for all rows, or for so many of the first."""
+        time, given = _at(t, self._conditions)
+        return time, given if rows is None else jax.tree.map(lambda a: a[:rows], given)
 
     def predict(self, x: Latents, t: Time | Moment) -> Branches:
         def both() -> Branches:
@@ -239,7 +222,7 @@ class _Branches:
             return _split(self._predictor(jnp.concatenate([x, x]), time, given.predictor))
 
         def conditional() -> Velocity:
-            time, given = self._given(t, alone=True)
+            time, given = self._given(t, len(x))
             return self._predictor(x, time, given.predictor)
 
         return self._where_guided(t, both, conditional)
@@ -251,7 +234,7 @@ class _Branches:
             return _split(self._refiner(jnp.concatenate([x, x]), v, time, given.refiner))
 
         def conditional() -> Velocity:
-            time, given = self._given(t, alone=True)
+            time, given = self._given(t, len(x))
             return self._refiner(x, memory[0], time, given.refiner)
 
         return self._where_guided(t, both, conditional)
@@ -270,11 +253,11 @@ class _Branches:
         return inside(t.t if isinstance(t, Moment) else t, self._interval)
 
 
-def _at(t: Time | Moment, condition: Condition, alone: bool = False) -> tuple[Time, Conditions]:
+def _at(t: Time | Moment, condition: Condition) -> tuple[Time, Conditions]:
     """A time, and what the networks take as condition at it."""
-    if not isinstance(t, Moment):
-        return t, Conditions(condition, condition)
-    return t.t, t.prepared.alone if alone else t.prepared.all
+    if isinstance(t, Moment):
+        return t.t, t.prepared
+    return t, Conditions(condition, condition)
 
 
 def _twice(velocity: Velocity) -> Branches:

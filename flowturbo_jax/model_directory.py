@@ -150,7 +150,9 @@ def modules(
         attention = {}
         if fast_attention and hasattr(config, "head_size"):
             chosen, why = for_device(jax.devices()[0], options["dtype"], config.head_size)
-            logging.info("attention of the %s by %s: %s", network, chosen, why)
+            slower = chosen != "cudnn" and jax.default_backend() == "gpu" and dtype == "bfloat16"
+            log = logging.warning if slower else logging.info
+            log("attention of the %s by %s: %s", network, chosen, why)
             attention = {"attention": chosen}
         built[network] = build[network](config, **options, **attention)
     return built

@@ -195,13 +195,27 @@ def _linear(call: Callable[..., Any], args: Any, kwargs: Any, context: Any) -> A
     return out.astype(layer.dtype)
 
 
+@jax.custom_jvp
 def _product(
     x: Float[Array, "*rows inputs"], kernel: QuantizedKernel
 ) -> Float[Array, "*rows outputs"]:
-    """The product in the kernel's type, summed in int32 or float32; every row has a scale."""
+    """The product in the kernel's type, summed in int32 or float32; every row has a scale.
+
+    Rounding has no slope, so its derivative by x is that of the product it stands for; the kernel
+    is not trained.
+    """
     qwix, last = _qwix(), x.ndim - 1
     rows = qwix.quantize(x.astype(jnp.float32), kernel.values.dtype, channelwise_axes=range(last))
     columns = qwix.QArray(kernel.values, kernel.scales)
     # qwix multiplies sums in int32 by scales in float32, which strict dtype promotion forbids.
     with jax.numpy_dtype_promotion("standard"):
         return qwix.dot_general(rows, columns, (((last,), (0,)), ((), ())))
+
+
+@_product.defjvp
+def _product_jvp(primals: Any, tangents: Any) -> Any:
+    (x, kernel), (dx, _) = primals, tangents
+    weights = kernel.values.astype(jnp.float32) * jnp.broadcast_to(
+        kernel.scales, kernel.values.shape
+    )
+    return _product(x, kernel), dx.astype(jnp.float32) @ weights

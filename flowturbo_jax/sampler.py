@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from absl import logging
 from jaxtyping import Array, Float
 
 from flowturbo_jax import blocks
@@ -22,7 +23,9 @@ BLOCKS = {
 }
 
 AfterStep = Callable[[State, Time], State]
-# What is prepared for all times at once may take so many bytes; more is made step by step.
+# What is prepared for all times at once may take so many bytes; more is made step by step. Batches
+# that large are bound by products, and the weights that preparing saves are a small part of them.
+# (A vmap around the sampler multiplies it.)
 PREPARED_BYTES = 2**30
 
 
@@ -120,7 +123,15 @@ def _moments(flow: Flow, grid: Float[Array, " times"]) -> Callable[[Any], Time |
     if flow.prepare is None:
         return lambda i: grid[i]
     shapes = jax.tree.leaves(jax.eval_shape(flow.prepare, grid))
-    if sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in shapes) > PREPARED_BYTES:
+    for leaf in shapes:
+        if leaf.shape[:1] != grid.shape:
+            raise InputError(
+                f"the flow prepares {_form(leaf)} for {len(grid)} times; every array needs a first "
+                "axis of that length"
+            )
+    size = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in shapes)
+    if size > PREPARED_BYTES:
+        logging.info("%.1f GB of conditioning: each step makes its own", size / 1e9)
         return lambda i: grid[i]
     leaves, tree = jax.tree.flatten(flow.prepare(grid))
 

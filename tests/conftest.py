@@ -12,6 +12,7 @@ import ipaddress
 import os
 import shutil
 import socket
+import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -106,6 +107,14 @@ def compiled_programs_end_with_their_module() -> Iterator[None]:
     """
     yield
     jax.clear_caches()
+
+
+@pytest.fixture(autouse=True)
+def programs_are_kept_by_one_test_only() -> Iterator[None]:
+    """A command that runs in this process turns that on; the next test begins without."""
+    yield
+    if "flowturbo_jax.pipelines.program_cache" in sys.modules:
+        sys.modules["flowturbo_jax.pipelines.program_cache"].enable("off")
 
 
 @pytest.fixture(scope="session")

@@ -7,11 +7,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
+from flax import linen as nn
 
 import flowturbo_jax as ft
 from flowturbo_jax import sampler
 from flowturbo_jax.interfaces import Moment
 from flowturbo_jax.model_directory import Model, modules
+from flowturbo_jax.models import Refiner
 from flowturbo_jax.pipelines import programs
 
 LABELS = jnp.array([1, 2, 3], jnp.int32)
@@ -148,3 +150,26 @@ def test_an_evaluation_with_prepared_conditions_reads_no_conditioning_weights(di
     out = network.apply({"params": broken}, x, jnp.float32(0.3), condition)
     np.testing.assert_allclose(out, plain, atol=2e-6)
     assert not np.isfinite(network.apply({"params": broken}, x, jnp.float32(0.3), LABELS)).any()
+
+
+@pytest.mark.parametrize(
+    "prepare",
+    [lambda times: times[:1], lambda times: jnp.zeros(()), lambda times: (times, times.T[1:])],
+)
+def test_what_is_not_prepared_for_every_time_is_refused(prepare):
+    flow = ft.Flow(lambda x, t: x, prepare=prepare)
+    with pytest.raises(ft.InputError, match="for 3 times; every array needs a first axis"):
+        ft.sample(flow, jnp.ones((1, 2)), "E2")
+
+
+def test_a_refiner_around_a_network_that_prepares_nothing():
+    class Net(nn.Module):
+        @nn.compact
+        def __call__(self, x, t, condition):
+            return nn.Dense(1)(x) * t
+
+    x, times = jnp.ones((3, 4, 4, 1)), jnp.array([0.2, 0.7])
+    refiner = Refiner(Net())
+    variables = refiner.init(jax.random.key(0), x, x, times[0], LABELS)
+    made = refiner.apply(variables, times, LABELS, 3, method="prepare")
+    np.testing.assert_array_equal(made, jnp.broadcast_to(LABELS, (2, 3)))

@@ -1,9 +1,11 @@
 """Stored programs: a second process neither traces nor compiles, and never loads a wrong one."""
 
+import dataclasses
 import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import jax
@@ -14,6 +16,8 @@ import tiny
 from jax.experimental.compilation_cache import compilation_cache
 
 from flowturbo_jax import model_directory
+from flowturbo_jax.commands import entry
+from flowturbo_jax.models import SiT
 from flowturbo_jax.pipelines import program_cache
 from flowturbo_jax.pipelines.class_to_image import ClassToImage
 
@@ -53,18 +57,11 @@ def model(tmp_path_factory):
 
 
 @pytest.fixture
-def kept(tmp_path):
+def kept(tmp_path, monkeypatch):
     """A cache of its own for this process, off again afterwards."""
-    names = [
-        "jax_compilation_cache_dir",
-        "jax_persistent_cache_min_compile_time_secs",
-        "jax_persistent_cache_min_entry_size_bytes",
-    ]
-    before = {name: getattr(jax.config, name) for name in names}
+    monkeypatch.setattr(program_cache, "_imported", np.inf)  # somebody may be editing the source
     yield program_cache.enable(tmp_path / "cache")
     program_cache.enable("off")
-    for name, value in before.items():
-        jax.config.update(name, value)
     compilation_cache.reset_cache()
 
 
@@ -80,7 +77,7 @@ def test_a_second_process_loads_what_the_first_compiled(tmp_path, model):
     assert second["images"] == first["images"]
     assert other["misses"] == 0
     assert other["images"] != first["images"]
-    assert first["said"][0] == "compiling H1P1R1 for a batch of 2 ..."
+    assert first["said"][0] == "preparing H1P1R1 for a batch of 2 ..."
     assert "H1P1R1 for a batch of 2: ready after" in first["said"][1]
 
 
@@ -157,9 +154,14 @@ def test_the_environment_says_where_and_off(tmp_path, monkeypatch, kept):
 
 
 def test_a_cache_that_jax_was_given_stays_where_it_is(kept, tmp_path):
+    program_cache.enable("off")
     jax.config.update("jax_compilation_cache_dir", str(tmp_path / "own"))
-    program_cache.enable(tmp_path / "other")
-    assert jax.config.jax_compilation_cache_dir == str(tmp_path / "own")
+    try:
+        program_cache.enable(tmp_path / "other")
+        assert jax.config.jax_compilation_cache_dir == str(tmp_path / "own")
+    finally:
+        program_cache.enable("off")
+        jax.config.update("jax_compilation_cache_dir", None)
 
 
 def test_a_pipe_still_works_under_jit_with_the_cache_on(kept, model):
@@ -168,7 +170,135 @@ def test_a_pipe_still_works_under_jit_with_the_cache_on(kept, model):
     np.testing.assert_array_equal(inside, pipe([1, 2], schedule="H1P1"))
 
 
-def test_attention_of_a_loaded_model_is_chosen_and_of_a_trained_one_plain(model):
-    assert model_directory.load(model).predictor.attention in ("xla", "cudnn")
+def test_attention_of_a_loaded_model_is_chosen_and_of_a_trained_one_plain(model, monkeypatch):
+    chosen = ("chosen", "by a test")
+    monkeypatch.setattr(model_directory, "for_device", lambda *given: chosen)
+    assert model_directory.load(model).predictor.attention == "chosen"
     built = model_directory.modules(tiny.description(), "bfloat16")
     assert built["predictor"].attention == "xla"
+
+
+def stored(kept):
+    return len(list((kept / "programs").iterdir()))
+
+
+@pytest.mark.parametrize(
+    ("setting", "value"),
+    [("jax_random_seed_offset", 7), ("jax_default_matmul_precision", "float32")],
+)
+def test_settings_of_jax_are_part_of_the_key(kept, model, setting, value):
+    first = np.asarray(ClassToImage.load(model)([1], schedule="H1"))
+    before = getattr(jax.config, setting)
+    jax.config.update(setting, value)
+    try:
+        second = np.asarray(ClassToImage.load(model)([1], schedule="H1"))
+    finally:
+        jax.config.update(setting, before)
+    assert stored(kept) == 2
+    assert np.any(first != second) == (setting == "jax_random_seed_offset")
+
+
+def test_networks_of_others_are_compiled_and_not_stored(kept, model):
+    class Mine(SiT):
+        def __call__(self, x, t, condition):
+            return -super().__call__(x, t, condition)
+
+    loaded = model_directory.load(model)
+    mine = dataclasses.replace(loaded, predictor=Mine(loaded.predictor.config))
+    images = np.asarray(ClassToImage(mine)([1], schedule="H1"))
+    assert stored(kept) == 0
+    assert np.any(images != np.asarray(ClassToImage(loaded)([1], schedule="H1")))
+    assert stored(kept) == 1
+
+
+def test_source_that_changed_after_its_import_stores_nothing(kept, model, monkeypatch):
+    monkeypatch.setattr(program_cache, "_imported", 0.0)
+    assert program_cache.source_digest() is None
+    assert ClassToImage.load(model)([1], schedule="H1").shape == (1, 8, 8, 1)
+    assert stored(kept) == 0
+
+
+def test_arguments_on_another_device_work_as_without_the_cache(kept, model):
+    other = jax.devices()[-1]
+    assert other != jax.devices()[0]
+    pipe = ClassToImage.load(model)
+    here = np.asarray(pipe([1, 2], schedule="H1", guidance_scale=2.0))
+    pipe.params = jax.device_put(pipe.params, other)
+    np.testing.assert_array_equal(pipe([1, 2], schedule="H1", guidance_scale=2.0), here)
+
+
+@pytest.mark.parametrize("kind", ["int8", "fp8"])
+def test_quantized_programs_are_stored_apart(kept, model, kind):
+    plain = np.asarray(ClassToImage.load(model)([1, 2], schedule="H1"), np.int32)
+    first, again = (
+        np.asarray(ClassToImage.load(model, quantization=kind)([1, 2], schedule="H1"), np.int32)
+        for _ in range(2)
+    )
+    assert stored(kept) == 2
+    np.testing.assert_array_equal(first, again)
+    assert np.abs(first - plain).max() < 64
+
+
+def test_what_jax_cannot_store_is_compiled(kept, caplog):
+    def talkative(x):
+        jax.debug.callback(lambda x: None, x)
+        return x + 1
+
+    made = program_cache.program(talkative, (jnp.ones(2),), {})
+    np.testing.assert_array_equal(made(jnp.ones(2)), [2, 2])
+    assert stored(kept) == 0
+    assert "a program is not kept" in caplog.text
+
+
+def test_a_folder_that_others_can_write_is_refused(tmp_path, caplog):
+    (tmp_path / "open").mkdir()
+    (tmp_path / "open").chmod(0o777)
+    assert program_cache.enable(tmp_path / "open") is None
+    assert "others can write" in caplog.text
+    program_cache.enable(tmp_path / "own")
+    assert (tmp_path / "own").stat().st_mode & 0o777 == 0o700
+    program_cache.enable("off")
+
+
+def test_without_a_home_nothing_is_kept_and_nothing_fails(monkeypatch, caplog):
+    monkeypatch.delenv(program_cache.VARIABLE, raising=False)
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+
+    def nowhere():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "home", nowhere)
+    assert program_cache.enable() is None
+    assert "Could not determine home directory" in caplog.text
+
+
+def test_off_and_failing_leave_jax_as_it_was(tmp_path):
+    before = jax.config.jax_compilation_cache_dir
+    for last in ("off", "/proc/nowhere"):
+        assert program_cache.enable(tmp_path / "a") == tmp_path / "a"
+        assert program_cache.enable(tmp_path / "b") == tmp_path / "b"
+        assert jax.config.jax_compilation_cache_dir == str(tmp_path / "b" / "xla")
+        assert program_cache.enable(last) is None
+        assert not program_cache.enabled()
+        assert jax.config.jax_compilation_cache_dir == before
+
+
+def test_what_is_old_goes(tmp_path):
+    program_cache.enable(tmp_path / "c")
+    for part in ("programs", "xla"):
+        for name, days in (("old", 100), ("new", 1)):
+            file = tmp_path / "c" / part / name
+            file.write_text("")
+            os.utime(file, (time.time() - days * 86400,) * 2)
+    program_cache.enable(tmp_path / "c")
+    left = sorted(str(file.relative_to(tmp_path / "c")) for file in (tmp_path / "c").rglob("*w"))
+    program_cache.enable("off")
+    assert left == ["programs/new", "xla/new"]
+
+
+def test_commands_keep_their_programs(monkeypatch, tmp_path):
+    monkeypatch.setenv(program_cache.VARIABLE, str(tmp_path / "cache"))
+    found = []
+    with pytest.raises(SystemExit):
+        entry.run(lambda argv: found.append(program_cache.enabled()), ["command"])
+    assert found == [True]

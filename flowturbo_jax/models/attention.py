@@ -91,8 +91,9 @@ def attend(q: Heads, k: Heads, v: Heads, implementation: str = "xla") -> Heads:
         return jax.nn.dot_product_attention(q, k, v, implementation="cudnn")
     exact = jnp.float64 if q.dtype == jnp.float64 else jnp.float32
     q, k, v = (jnp.swapaxes(a, 1, 2) for a in (q, k, v))
-    scaled = q * jnp.asarray(q.shape[-1] ** -0.5, q.dtype)
-    logits = jnp.einsum("bnth,bnsh->bnts", scaled, k, preferred_element_type=exact)
+    logits = jnp.einsum("bnth,bnsh->bnts", q, k, preferred_element_type=exact)
+    # Not q before the product: 72^-0.5 is 0.15 % off in bfloat16.
+    logits = logits * jnp.asarray(q.shape[-1] ** -0.5, exact)
     highest = jax.lax.stop_gradient(logits.max(axis=-1, keepdims=True))
     weights = jnp.exp(logits - highest)
     total = weights.sum(axis=-1, keepdims=True)

@@ -11,6 +11,11 @@ from jaxtyping import Array, Float
 from flowturbo_jax.interfaces import BatchTime, Condition, Latents, Params, Time, Velocity
 
 
+def at_all_times(times: Float[Array, " times"], condition: Condition) -> Condition:
+    """A condition that is the same at every time, its arrays `[N, ...]`."""
+    return jax.tree.map(lambda a: jnp.broadcast_to(a, (len(times), *a.shape)), condition)
+
+
 class Refiner(nn.Module):
     """Predicts the offset r(x, v, t) that turns a remembered velocity into the one at (x, t).
 
@@ -41,7 +46,9 @@ class Refiner(nn.Module):
         return self.network(jnp.concatenate([x, v], axis=-1), t, condition)
 
     def prepare(self, times: Float[Array, " times"], condition: Condition, rows: int) -> Condition:
-        """As the network's own `prepare`."""
+        """As the network's own `prepare`; the condition itself for every time where it has none."""
+        if not hasattr(self.network, "prepare"):
+            return at_all_times(times, condition)
         return self.network.prepare(times, condition, rows)
 
     @nn.nowrap

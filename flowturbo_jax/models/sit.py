@@ -154,11 +154,11 @@ class Modulations(NamedTuple):
     """All that a SiT's time and label do to it: the shifts, scales and gates of adaLN-Zero.
 
     Attributes:
-      blocks: of every block, `[depth, ..., 6 hidden_size]`; dtype of the network.
+      blocks: of every block, `[..., depth, 6 hidden_size]`; dtype of the network.
       final: of the final layer, `[..., 2 hidden_size]`.
     """
 
-    blocks: Float[Array, "depth *rows six"]
+    blocks: Float[Array, "*rows depth six"]
     final: layers.Changes
 
 
@@ -236,14 +236,13 @@ class SiT(nn.Module):
           rows: B.
 
         Returns:
-          A condition for each time, its arrays stacked along a first axis `[N]`.
+          A condition for each time, its arrays `[N, B, ...]`.
         """
         shape = (len(times), rows, self.config.hidden_size)
         c = jnp.broadcast_to(self._embedded_time(times)[:, None, :], shape)
         if self.config.num_classes:
             c = c + jnp.broadcast_to(self.label_embedding(labels), shape)
-        blocks, final = self._modulations(c)
-        return Modulations(jnp.moveaxis(blocks, 1, 0), final)
+        return self._modulations(c)
 
     def _forward(
         self, x: Float[Array, "batch height width inputs"], modulations: Modulations
@@ -291,7 +290,8 @@ class SiT(nn.Module):
         """What condition vectors, embedded time plus embedded label, do to the network."""
         with _numerics(self.dtype):
             c = nn.silu(c)
-            return Modulations(self.blocks.modulations(None, c)[1], self.final.modulations(c))
+            blocks = jnp.moveaxis(self.blocks.modulations(None, c)[1], 0, -2)
+            return Modulations(blocks, self.final.modulations(c))
 
     def _loop(self) -> type[nn.Module]:
         """A transformer block as a loop over stacked parameters."""
@@ -307,7 +307,7 @@ class SiT(nn.Module):
         return nn.scan(
             block,
             methods={
-                "__call__": {**loop, "in_axes": 0},
+                "__call__": {**loop, "in_axes": 1},
                 "modulations": {**loop, "in_axes": nn.broadcast},
             },
         )

@@ -37,6 +37,7 @@ class ClassToImage:
 
     Nothing recompiles for other weights, seeds, labels, guidance scales or intervals: a program
     belongs to (networks, schedule, guidance mode, whether there is an interval, batch size) alone.
+    Scale 1 is mode "none", which evaluates one branch.
 
     Attributes:
       model: the loaded model.
@@ -53,6 +54,7 @@ class ClassToImage:
         vae = model.vae_params or {}
         self._decoder = jax.tree.map(jnp.asarray, {k: v for k, v in vae.items() if k == "decoder"})
         self._ready: dict[Any, Callable[..., ImageBytes]] = {}  # compiled programs
+        self._ready_for: Any = None  # these parameters
         self._mapped: dict[Any, Callable[..., Any]] = {}  # programs over all devices
         self._replicated: Any = None  # the parameters on each of them
 
@@ -187,7 +189,8 @@ class ClassToImage:
 
     def _sample_images(self, seeds: Any, indices: Any, labels: Any, plan: Plan) -> ImageBytes:
         arguments = self._arguments(seeds, indices, labels, plan)
-        if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(arguments)):
+        traced = any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(arguments))
+        if traced or not program_cache.on_default_device(arguments[2:]):
             return programs.sample_images(*arguments, **self._static(plan))
         return self._program(plan, arguments)(*arguments)
 
@@ -198,11 +201,14 @@ class ClassToImage:
         """The compiled program that takes these arguments; made, or loaded, where it is new."""
         static, batch_size = self._static(plan), len(arguments[2])
         selected = (plan.schedule, plan.guidance, plan.interval is None, batch_size)
+        if self._ready_for is not self.params:  # they may have another dtype or device now
+            self._ready, self._ready_for = {}, self.params
         if selected not in self._ready:
             what = f"{plan.schedule} for a batch of {batch_size}"
-            self._say(f"compiling {what} ...")
+            self._say(f"preparing {what} ...")
             begin = time.perf_counter()
-            if program_cache.enabled():
+            networks = (self.model.predictor, self.model.refiner, self.model.vae)
+            if program_cache.can_store(arguments, networks):
                 key = {"function": "generate", **static}
                 made = partial(programs.generate_images, **static)
                 self._ready[selected] = program_cache.program(made, arguments, key)

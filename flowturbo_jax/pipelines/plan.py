@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from flowturbo_jax import guidance as guide
 from flowturbo_jax.interfaces import InputError
@@ -31,13 +32,16 @@ class Plan(NamedTuple):
     interval: tuple[float, float] | jax.Array | None
 
     @property
-    def arguments(self) -> tuple[jax.Array, jax.Array | None]:
+    def arguments(self) -> tuple[Any, Any]:
         """Scale `[]` and interval `[2]` (or None) as float32 arguments of a compiled program."""
-        interval = self.interval
-        return (
-            jnp.asarray(self.scale, jnp.float32),
-            None if interval is None else jnp.asarray(interval, jnp.float32),
-        )
+        return _float32(self.scale), None if self.interval is None else _float32(self.interval)
+
+
+def _float32(value: Any) -> Any:
+    """NumPy's, which compiles no conversion, but of an array of JAX's."""
+    if isinstance(value, jax.Array):
+        return value.astype(jnp.float32)
+    return np.asarray(value, np.float32)
 
 
 def resolve(

@@ -16,6 +16,7 @@ from flowturbo_jax import guidance as guide
 from flowturbo_jax import images, path, sampler
 from flowturbo_jax.interfaces import Flow, ImageBytes, Images, Labels, Latents
 from flowturbo_jax.model_directory import Model
+from flowturbo_jax.models.refiner import at_all_times
 from flowturbo_jax.models.tiles import tiled
 from flowturbo_jax.models.vae import Moments
 from flowturbo_jax.schedule import Schedule
@@ -107,7 +108,7 @@ def _prepared(module: Any, params: Any, times: jax.Array, condition: Any, rows: 
     if module is None:
         return None
     if not hasattr(module, "prepare"):
-        return jax.tree.map(lambda a: jnp.broadcast_to(a, (len(times), *a.shape)), condition)
+        return at_all_times(times, condition)
     rows = rows if condition is None else len(condition)
     return module.apply({"params": params}, times, condition, rows, method="prepare")
 

@@ -18,16 +18,16 @@ def random_model(
 
     Args:
       size: such as "SiT-XL/2".
-      image_size: side of the images, in pixels; a multiple of 8 patches.
+      image_size: side of the images, in pixels; a multiple of 8 times the patch.
       vae: with the Stable Diffusion VAE's decoder, or latents alone.
       dtype: of the networks' matrix products.
-      seed: of the weights.
+      seed: of the weights, 0 or more.
 
     Returns:
       The model; its parameters are normal numbers of a size that keeps every layer's result finite.
 
     Raises:
-      InputError: no such size.
+      InputError: no such size or dtype, or the image's side does not fit.
     """
     factor = VAEConfig().downsampling
     if image_size < factor or image_size % factor:
