@@ -11,6 +11,34 @@ from flowturbo_jax.models import SiTConfig, VAEConfig
 LATENT_CHANNELS, CLASSES = 4, 1000  # SiT models.py: the published models are for ImageNet
 
 
+def describe(size: str, image_size: int = 256, vae: bool = True, seed: int = 0) -> Description:
+    """What `random_model` makes of the same arguments; nothing is computed, no device is touched.
+
+    Raises:
+      InputError: no such size, or the image's side does not fit.
+    """
+    factor = VAEConfig().downsampling
+    if image_size < factor or image_size % factor:
+        raise InputError(f"the image size is {image_size}; it must be a multiple of {factor}")
+    predictor = SiTConfig.named(
+        size,
+        input_size=image_size // factor,
+        in_channels=LATENT_CHANNELS,
+        num_classes=CLASSES,
+    )
+    return Description(
+        family="sit",
+        predictor=predictor,
+        refiner=predictor.refiner(),
+        vae=VAEConfig() if vae else None,
+        class_names=tuple(f"class {label}" for label in range(CLASSES)),
+        guidance="official",
+        guidance_scale=1.5,
+        guided_channels=3,
+        source={"weights": f"random, seed {seed}"},
+    )
+
+
 def random_model(
     size: str, image_size: int = 256, vae: bool = True, dtype: str = "float32", seed: int = 0
 ) -> Model:
@@ -27,32 +55,12 @@ def random_model(
       The model; its parameters are normal numbers of a size that keeps every layer's result finite.
 
     Raises:
-      InputError: no such size or dtype, or the image's side does not fit.
+      InputError: as `describe`, or no such dtype.
     """
-    factor = VAEConfig().downsampling
-    if image_size < factor or image_size % factor:
-        raise InputError(f"the image size is {image_size}; it must be a multiple of {factor}")
-    predictor = SiTConfig.named(
-        size,
-        input_size=image_size // factor,
-        in_channels=LATENT_CHANNELS,
-        num_classes=CLASSES,
-    )
-    description = Description(
-        family="sit",
-        predictor=predictor,
-        refiner=predictor.refiner(),
-        vae=VAEConfig() if vae else None,
-        class_names=tuple(f"class {label}" for label in range(CLASSES)),
-        guidance="official",
-        guidance_scale=1.5,
-        guided_channels=3,
-        source={"weights": f"random, seed {seed}"},
-    )
+    description = describe(size, image_size, vae, seed)
     loaded = {}
-    for index, (network, module) in enumerate(
-        modules(description, dtype, fast_attention=True).items()
-    ):
+    built = modules(description, dtype, fast_attention=True)
+    for index, (network, module) in enumerate(built.items()):
         loaded[network] = module
         loaded[f"{network}_params"] = _random(abstract_params(module), [seed, index])
     return Model(description, **loaded)

@@ -1,0 +1,180 @@
+"""The library in a process of its own, so that it and PyTorch share no threads and no memory pool.
+
+The other process asks by name and gets an answer; this one works only while it is asked.
+"""
+
+import contextlib
+import dataclasses
+import multiprocessing
+import os
+import signal
+import time
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from flowturbo_jax import ClassToImage, model_directory, path
+from flowturbo_jax.interfaces import InputError
+from flowturbo_jax.pipelines import conversion
+from flowturbo_jax.pipelines.plan import resolve
+from flowturbo_jax.pipelines.random_model import random_model
+
+
+class JaxSide:
+    """What the other process can ask for: a model, and samples of it.
+
+    Args:
+      folder: an empty one, for a random model and for exported weights.
+      size: such as "SiT-B/2", of a random model; or None.
+      model: directory of a model, or the name of a shipped one, where there is no size.
+      decode: images are wanted, so that a random model needs a VAE.
+    """
+
+    def __init__(self, folder: Path, size: str | None, model: str | None, decode: bool):
+        self._folder, self._size, self._decode = folder, size, decode
+        self._directory: Any = model if size is None else folder / "model"
+        self._loaded: tuple[str | None, ClassToImage | None] = (None, None)
+
+    def open(self) -> dict[str, Any]:
+        """Makes the model, exports its weights, and says what the other side is built from.
+
+        Returns:
+          `model`, which `torch_peer.Peer` takes; `sha256` of each network's parameters; `backend`,
+          JAX's name of the device.
+
+        Raises:
+          InputError: the model is none that the PyTorch side states, or cannot be read.
+        """
+        if self._size is not None:
+            made = random_model(self._size, vae=self._decode)
+            parameters = (made.predictor_params, made.refiner_params, made.vae_params)
+            model_directory.save(self._directory, made.description, *parameters)
+            del made, parameters
+        description = model_directory.describe(self._directory)
+        if description.family != "sit" or not description.predictor.num_classes:
+            raise InputError("the PyTorch side states class-conditional SiT models, and no others")
+        if description.predictor.reversed_time:
+            raise InputError("the PyTorch side does not state REPA's reversed clock")
+        if self._decode and description.vae is None:
+            raise InputError("this model has no VAE to decode with; leave --decode out")
+        names = [name for name in description.networks if name != "vae" or self._decode]
+        configs = {name: dataclasses.asdict(description.networks[name]) for name in names}
+        files = {name: str(self._folder / f"{name}.safetensors") for name in names}
+        for name in names:
+            conversion.export(self._directory, name, files[name])
+        model = {"refiner": None, "vae": None, **configs, "files": files}
+        found = self._pipe("float32").model.fingerprints
+        return {
+            "model": {**model, "guided_channels": description.guided_channels},
+            "sha256": {name: found[name] for name in names},
+            "backend": jax.default_backend(),
+        }
+
+    def guidance(self, how: dict[str, Any]) -> tuple[str, float]:
+        """The mode and the scale of guidance that a request comes to.
+
+        Raises:
+          InputError: the model cannot be sampled so.
+        """
+        resolved = resolve(
+            model_directory.describe(self._directory),
+            how["schedule"],
+            how["guidance_scale"],
+            how["guidance"],
+        )
+        return resolved.guidance, float(resolved.scale)
+
+    def start(self, count: int) -> tuple[np.ndarray, np.ndarray]:
+        """Noise `[count, H, W, C]` of the first images of seed 0, and labels `[count]`."""
+        predictor = model_directory.describe(self._directory).predictor
+        indices = jnp.arange(count, dtype=jnp.uint32)
+        noise = path.sample_noise(jnp.zeros_like(indices), indices, predictor.shape)
+        return np.asarray(noise), np.arange(count, dtype=np.int32) % predictor.num_classes
+
+    def latents(
+        self, dtype: str, how: dict[str, Any], noise: np.ndarray, labels: np.ndarray
+    ) -> np.ndarray:
+        """Latents `[B, H, W, C]` from noise of that shape and labels `[B]`."""
+        return np.asarray(self._pipe(dtype).sample_latents(jnp.asarray(noise), labels, **how))
+
+    def images(
+        self, dtype: str, how: dict[str, Any], noise: np.ndarray, labels: np.ndarray
+    ) -> np.ndarray:
+        """Images `[B, H, W, 3]` uint8 of seed 0, whose noise the library makes anew."""
+        del noise
+        return np.asarray(self._pipe(dtype)(labels, **how))
+
+    def seconds(self, what: str, calls: int, *given: Any) -> float:
+        """Mean wall time of calls of `latents` or `images`, results on the host, in s."""
+        function = getattr(self, what)
+        begin = time.perf_counter()
+        for _ in range(calls):
+            function(*given)
+        return (time.perf_counter() - begin) / calls
+
+    def _pipe(self, dtype: str) -> ClassToImage:
+        """The model in a dtype; that of the latest one is kept."""
+        if self._loaded[0] != dtype:
+            self._loaded = (None, None)
+            jax.clear_caches()
+            self._loaded = (dtype, ClassToImage.load(self._directory, dtype))
+        return self._loaded[1]
+
+
+class Asked:
+    """The other end: starts the process, asks it, and ends it when left.
+
+    Args:
+      **given: of `JaxSide`.
+    """
+
+    def __init__(self, **given: Any):
+        os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"  # the GPU is shared with PyTorch
+        context = multiprocessing.get_context("spawn")
+        self._connection, other = context.Pipe()
+        self._process = context.Process(target=_serve, args=(other, given), daemon=True)
+        self._process.start()
+        other.close()
+
+    def __enter__(self) -> "Asked":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._process.terminate()
+        self._process.join()
+
+    def __call__(self, name: str, *given: Any) -> Any:
+        """What a method of `JaxSide` returns.
+
+        Raises:
+          InputError: as that method, or the process has ended.
+        """
+        try:
+            self._connection.send((name, given))
+            value, refusal = self._connection.recv()
+        except (EOFError, OSError) as error:
+            self._process.join()
+            raise InputError(
+                f"the process that runs the library ended with code {self._process.exitcode}; "
+                "what it said stands above, and if nothing, memory was short"
+            ) from error
+        if refusal is not None:
+            raise InputError(refusal)
+        return value
+
+
+def _serve(connection: Connection, given: dict[str, Any]) -> None:
+    """Answers until it is ended."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the other process's to answer
+    side = JaxSide(**given)
+    with contextlib.suppress(EOFError):
+        while True:
+            name, arguments = connection.recv()
+            try:
+                connection.send((getattr(side, name)(*arguments), None))
+            except InputError as error:
+                connection.send((None, str(error)))
