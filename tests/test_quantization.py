@@ -253,3 +253,18 @@ def test_what_cannot_be_quantized_is_refused_in_a_line(model, monkeypatch):
     with pytest.raises(InputError, match=r"needs qwix; install it with  pip install 'qwix") as line:
         quantize(model, "int8")
     assert "\n" not in str(line.value)
+
+
+def test_gradients_are_near_those_of_the_float_networks(model, pipe):
+    """Rounding has no slope: without a rule of its own only the residual stream would have one."""
+    plain = ClassToImage(model)
+
+    def slope(of):
+        def loss(x):
+            return jnp.sum(of.sample_latents(x, LABELS, schedule="H1R1", guidance="paired") ** 2)
+
+        return np.asarray(jax.jit(jax.grad(loss))(noise()))
+
+    exact, found = slope(plain), slope(pipe)
+    assert np.linalg.norm(found - exact) < 0.1 * np.linalg.norm(exact)
+    assert np.any(found != exact)
