@@ -54,8 +54,9 @@ def test_in_bfloat16_logits_and_softmax_are_in_float32(size):
     q, k, v = (jnp.asarray(a, jnp.bfloat16) for a in heads((2, 64, 3, size), scale=3.0))
     out = attend(q, k, v)
     assert out.dtype == jnp.bfloat16
-    # Of weights and of the result, which are bfloat16: 2^-9 each of values up to about 10.
-    assert np.abs(np.asarray(out, np.float64) - formula(q, k, v)).mean() < 2.5e-3
+    # Weights and result are bfloat16, which makes 2.8e-3 here; a scale rounded to bfloat16 makes
+    # 5.7e-3 at heads of 72, and a softmax in bfloat16 1.5e-2.
+    assert np.abs(np.asarray(out, np.float64) - formula(q, k, v)).mean() < 4e-3
 
 
 def test_gradients_are_those_of_jax_nn():

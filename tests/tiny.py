@@ -1,7 +1,9 @@
 """The smallest models and recipes that behave like real ones; each trains in seconds."""
 
+from functools import partial
 from pathlib import Path
 
+import golden
 import jax
 import jax.numpy as jnp
 
@@ -42,6 +44,7 @@ def recipe(**fields) -> dict:
     return TrainConfig(**{**defaults, **fields}).to_config_dict()
 
 
+@partial(jax.jit, static_argnames="module", compiler_options=golden.QUICK_COMPILE)
 def random_params(module, seed: int = 0):
     """Parameters of which none is zero, so that every part of the network shows."""
     params = module.initialise(jax.random.key(seed))
