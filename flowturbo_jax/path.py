@@ -32,6 +32,23 @@ def velocity(noise: Latents, data: Latents) -> Velocity:
     return data - noise
 
 
+def renoise(x: Latents, noise: Latents, t: Time, t_before: Time) -> Latents:
+    """A point at t taken back to an earlier time, as the path's distribution has it there.
+
+    x t_before / t + sqrt((1 - t_before)^2 - (t_before / t)^2 (1 - t)^2) noise: the data's share
+    shrinks to t_before, and fresh noise makes up what is then missing of noise.
+
+    Args:
+      x: `[B, ...]` float at t.
+      noise: standard normal, same shape and dtype.
+      t: flow time of x, above 0.
+      t_before: flow time to go back to, at most t.
+    """
+    share = t_before / t
+    missing = (1 - t_before) ** 2 - (share * (1 - t)) ** 2
+    return share * x + jnp.sqrt(jnp.maximum(missing, 0)) * noise
+
+
 def sample_noise(seeds: jax.Array, indices: jax.Array, shape: tuple[int, ...]) -> Latents:
     """Standard normal noise in which image i depends on (seeds[i], indices[i]) and nothing else.
 

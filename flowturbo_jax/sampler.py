@@ -23,6 +23,7 @@ BLOCKS = {
 }
 
 AfterStep = Callable[[State, Time], State]
+Rewind = Callable[[Latents, Time, Time, Any], Latents]
 # What is prepared for all times at once may take so many bytes; more is made step by step. Batches
 # that large are bound by products, and the weights that preparing saves are a small part of them.
 # (A vmap around the sampler multiplies it.)
@@ -67,6 +68,8 @@ def integrate(
     t_start: float | Time = 0.0,
     after_step: AfterStep | None = None,
     observe: Callable[[State], Any] | None = None,
+    rewind: Rewind | None = None,
+    tries: int = 1,
 ) -> tuple[State, Any]:
     """As `sample`, but returns the last state, and what `observe(state)` gave after each step.
 
@@ -77,40 +80,106 @@ def integrate(
       t_start: as in `sample`.
       after_step: as in `sample`.
       observe: what to record of the state after each step, a pytree of arrays; None for nothing.
+      rewind: `(x, t, t_before, number) -> x`, how x at t goes back to t_before, where the step is
+        made again; number is of the step and the try, `[]` int32, for noise of its own.
+      tries: how often each step is made, at least 1; without rewind it must be 1.
 
     Returns:
       The last state, and the records stacked along a new first axis `[steps, ...]` (or None).
 
     Raises:
-      InputError: as in `sample`.
+      InputError: as in `sample`, or several tries without a way back.
     """
+    schedule = _checked(flow, noise, schedule)
+    if tries < 1 or (tries > 1 and rewind is None):
+        raise InputError(f"tries is {tries}; it must be 1 or more, and without rewind it must be 1")
+    grid = schedule.time_grid(t_start, noise.dtype)
+    return _follow(flow, noise, schedule, grid, after_step, observe, rewind, tries)
+
+
+def invert(
+    flow: Flow, data: Latents, schedule: Schedule | str, t_end: float | Time = 0.0
+) -> Latents:
+    """Integrates the flow backwards, from 1 to t_end: the noise that a sample came from.
+
+    The same blocks, on the same time grid, the other way round. A block of the schedule stands for
+    a step from the data's end: "H2P4" begins with two Heun steps there.
+
+    Args:
+      flow: the vector field.
+      data: `[B, ...]` float.
+      schedule: which block makes each step; R is trained to go forward only.
+      t_end: flow time to reach, in [0, 1); may be traced.
+
+    Returns:
+      The point at t_end, shape and dtype of data.
+
+    Raises:
+      InputError: as in `sample`, or the schedule refines.
+    """
+    schedule = _checked(flow, data, schedule)
+    if schedule.needs_refiner:
+        raise InputError(
+            f"schedule {schedule} refines, and a refiner is trained to go from noise to data only; "
+            "invert with a schedule of E, H and P"
+        )
+    grid = schedule.time_grid(t_end, data.dtype)[::-1]
+    state, _ = _follow(flow, data, schedule, grid)
+    return state.x
+
+
+def _checked(flow: Flow, x: Latents, schedule: Schedule | str) -> Schedule:
+    """The schedule, after checking that all three are what they must be."""
     schedule = Schedule.parse(schedule)
     if not hasattr(flow, "predict") or not hasattr(flow, "drift"):
         raise InputError("the first argument is no flow; wrap the velocity: Flow(velocity)")
-    if not hasattr(noise, "dtype"):
-        raise InputError(f"noise is a {type(noise).__name__}; it must be an array")
-    if noise.dtype not in (jnp.float32, jnp.float64):
+    if not hasattr(x, "dtype"):
+        raise InputError(f"noise is a {type(x).__name__}; it must be an array")
+    if x.dtype not in (jnp.float32, jnp.float64):
         raise InputError(
-            f"noise is {noise.dtype}; x is kept in float32 or float64, only networks run in less"
+            f"noise is {x.dtype}; x is kept in float32 or float64, only networks run in less"
         )
     if schedule.needs_refiner and flow.refine is None:
         raise InputError(
             f"schedule {schedule} refines, but this flow has no refiner; use a schedule of "
             "E, H and P, or train a refiner first"
         )
-    grid = schedule.time_grid(t_start, noise.dtype)
+    return schedule
+
+
+def _follow(
+    flow: Flow,
+    x: Latents,
+    schedule: Schedule,
+    grid: Float[Array, " times"],
+    after_step: AfterStep | None = None,
+    observe: Callable[[State], Any] | None = None,
+    rewind: Rewind | None = None,
+    tries: int = 1,
+) -> tuple[State, Any]:
+    """Makes the schedule's steps along a grid, which may rise or fall; see `integrate`."""
     moment = _moments(flow, grid)
-    state = State(noise, _first_memory(flow, noise, schedule, moment(0)))
+    state = State(x, _first_memory(flow, x, schedule, moment(0)))
     records = []
     for run, first, last in schedule.intervals():
         block = BLOCKS[run.block]
 
-        def step(state, i, block=block):
+        def once(state, i, block=block):
             state = block(flow, state, moment(i), moment(i + 1))
             if after_step is not None:
                 state = after_step(state, grid[i + 1])
                 if not isinstance(state, State):
                     raise InputError("after_step must return a State, as state._replace(x=...)")
+            return state
+
+        def step(state, i, once=once):
+            def again(state, attempt):
+                x = rewind(once(state, i).x, grid[i + 1], grid[i], i * tries + attempt)
+                return state._replace(x=x), None
+
+            if tries > 1:
+                state, _ = jax.lax.scan(again, state, jnp.arange(tries - 1))
+            state = once(state, i)
             return state, None if observe is None else observe(state)
 
         state, record = jax.lax.scan(step, state, jnp.arange(first, last))
