@@ -5,7 +5,8 @@ import re
 import struct
 import warnings
 import zlib
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from jaxtyping import Float32, UInt8
@@ -63,11 +64,24 @@ def open_rgb(content: bytes) -> "PIL.Image.Image":
     dropped (what lies beneath shows), and of an animation the first frame is taken. Colour profiles
     and the camera's orientation are not applied, as in ADM.
 
-    Pillow's warnings are silenced from the first call on: they are about metadata, which nothing
-    here uses. What its warning about large images is about is an error here.
+    Args:
+      content: a whole JPEG, PNG, WebP, BMP or GIF file.
+
+    Raises:
+      UnreadableError: it is no such file, damaged, or has more than `PIL.Image.MAX_IMAGE_PIXELS`.
+    """
+    return opened(content, rgb)
+
+
+def opened(content: bytes, use: Callable[["PIL.Image.Image"], Any]) -> Any:
+    """Opens an image file for a function, and returns what the function makes of it.
+
+    Pillow's warnings are silenced from the first call on: they are about metadata, without which
+    an image is as good. What its warning about large images is about is an error here.
 
     Args:
       content: a whole JPEG, PNG, WebP, BMP or GIF file.
+      use: takes the picture, whose pixels are not loaded yet. What Pillow raises in it is damage.
 
     Raises:
       UnreadableError: it is no such file, damaged, or has more than `PIL.Image.MAX_IMAGE_PIXELS`.
@@ -80,7 +94,7 @@ def open_rgb(content: bytes) -> "PIL.Image.Image":
     try:
         with PIL.Image.open(io.BytesIO(content), formats=FORMATS) as image:
             _refuse_large(image.size)
-            return _rgb(image)
+            return use(image)
     except PIL.UnidentifiedImageError as error:
         raise UnreadableError("it is no JPEG, PNG, WebP, BMP or GIF image") from error
     except PIL.Image.DecompressionBombError as error:
@@ -113,15 +127,31 @@ def centre_crop(image: "PIL.Image.Image", image_size: int) -> UInt8[np.ndarray, 
 
     while min(image.size) >= 2 * image_size:
         image = image.resize(tuple(side // 2 for side in image.size), resample=Resampling.BOX)
-    scale = image_size / min(image.size)
-    size = tuple(round(side * scale) for side in image.size)
+    size = resized_size(image.size, image_size)
     _refuse_large(size)
     pixels = np.asarray(image.resize(size, resample=Resampling.BICUBIC))
     top, left = ((side - image_size) // 2 for side in pixels.shape[:2])
     return pixels[top : top + image_size, left : left + image_size]
 
 
-def _rgb(image: "PIL.Image.Image") -> "PIL.Image.Image":
+def resized_size(size: tuple[int, int], image_size: int) -> tuple[int, int]:
+    """The size that `centre_crop` scales an image to before it crops.
+
+    Args:
+      size: width and height of the image, in pixels.
+      image_size: side of the square, in pixels, >= 1.
+
+    Returns:
+      Width and height; the square's left and top are half of what they exceed it by, rounded down.
+    """
+    while min(size) >= 2 * image_size:
+        size = (size[0] // 2, size[1] // 2)
+    scale = image_size / min(size)
+    return round(size[0] * scale), round(size[1] * scale)
+
+
+def rgb(image: "PIL.Image.Image") -> "PIL.Image.Image":
+    """Turns an opened image into RGB of 8 bits, as `open_rgb` describes."""
     import PIL.Image
 
     image.load()
