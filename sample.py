@@ -1,24 +1,32 @@
-"""Samples images, and compares FlowTurbo with Heun on the same noise.
+"""Samples images, edits them, and compares FlowTurbo with Heun on the same noise.
 
 python sample.py                                         the shipped digits model
 python sample.py --config.schedule=H2P4R2 --config.guidance_scale=2 --config.seed=1
 python sample.py --config.model_dir=runs/digits_refiner/model
+python sample.py --config.task=edit --config.image=FILE --config.labels=8 --config.strength=0.6
+python sample.py --config.task=inpaint --config.image=FILE --config.mask=FILE --config.labels=3
 
-Writes a picture and a JSON file with the protocol card to --config.out, and prints a table.
+Writes pictures and a JSON file with the protocol card to --config.out, and prints a table.
 """
 
 from collections.abc import Sequence
 
-from flowturbo_jax.commands import entry, sample
-from flowturbo_jax.sample_config import SampleConfig
+from flowturbo_jax.commands import edit, entry, sample
+from flowturbo_jax.sample_config import GENERATE, SampleConfig
 
 
 def main(argv: Sequence[str]) -> None:
     """Reads the flags, samples, and prints the table."""
     flags = entry.read_flags(argv, entry.ROOT / "configs/digits_sample.py", SampleConfig, __doc__)
-    report = sample.sample(flags.config)
-    print(sample.table(report))
+    if flags.config.task == GENERATE:
+        report = sample.sample(flags.config)
+        print(sample.table(report))
+    else:
+        report = edit.edit(flags.config)
+        print(edit.table(report))
     print(f"wrote {report['picture']} and {report['picture'].removesuffix('.png')}.json")
+    if "results" in report:
+        print(f"wrote {', '.join(report['results'])}")
 
 
 if __name__ == "__main__":

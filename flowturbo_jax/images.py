@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from einops import rearrange
-from jaxtyping import Float, UInt8
+from jaxtyping import Array, Float, UInt8
 
 from flowturbo_jax.interfaces import ImageBytes, Images, InputError
 
@@ -52,6 +52,20 @@ def from_uint8(images: ImageBytes | UInt8[np.ndarray, "batch height width channe
       `[B, H, W, C]` float32, pixels in [-1, 1].
     """
     return jnp.asarray(images).astype(jnp.float32) / 127.5 - 1.0
+
+
+def composite(
+    below: ImageBytes, above: ImageBytes, weights: Float[Array, "batch height width 1"]
+) -> ImageBytes:
+    """One picture over another, by weight: 0 gives exactly the one below, 1 exactly that above.
+
+    Args:
+      below: `[B, H, W, C]` uint8.
+      above: the same.
+      weights: `[B, H, W, 1]` float32 in [0, 1]; pure.
+    """
+    low, high = (image.astype(jnp.float32) for image in (below, above))
+    return jnp.round(low + weights * (high - low)).astype(jnp.uint8)
 
 
 def grid(

@@ -49,13 +49,16 @@ def renoise(x: Latents, noise: Latents, t: Time, t_before: Time) -> Latents:
     return share * x + jnp.sqrt(jnp.maximum(missing, 0)) * noise
 
 
-def sample_noise(seeds: jax.Array, indices: jax.Array, shape: tuple[int, ...]) -> Latents:
+def sample_noise(
+    seeds: jax.Array, indices: jax.Array, shape: tuple[int, ...], draw: jax.Array | None = None
+) -> Latents:
     """Standard normal noise in which image i depends on (seeds[i], indices[i]) and nothing else.
 
     Args:
       seeds: `[B]` uint32, one seed per image.
       indices: `[B]` uint32, the image's number within its seed.
       shape: shape of one image's latents, `[H, W, C]`.
+      draw: `[]` int, for further noise of the same images; None for the noise they start from.
 
     Returns:
       Noise `[B, *shape]` float32.
@@ -63,6 +66,7 @@ def sample_noise(seeds: jax.Array, indices: jax.Array, shape: tuple[int, ...]) -
 
     def one(seed, index):
         key = jax.random.fold_in(jax.random.key(seed), index)
+        key = key if draw is None else jax.random.fold_in(key, draw)
         return jax.random.normal(key, shape, jnp.float32)
 
     return jax.vmap(one)(seeds, indices)

@@ -8,12 +8,19 @@ from flowturbo_jax.model_description import PRESET_NAMES
 from flowturbo_jax.model_directory import network_dtype
 from flowturbo_jax.quantization import KINDS
 from flowturbo_jax.recipe import Recipe
+from flowturbo_jax.sampler import INVERSION
 from flowturbo_jax.schedule import Schedule
+
+GENERATE = "generate"
+MASKED = ("inpaint", "remove")
+OF_IMAGES = ("edit", *MASKED, "invert")
 
 
 @dataclasses.dataclass(frozen=True)
 class SampleConfig(Recipe):
     """A sampling recipe, validated at construction; configs/ holds the ready ones.
+
+    Samples, shown, columns, batch_size and data are of task "generate".
 
     Attributes:
       model_dir: model directory, or the name of a shipped model.
@@ -32,6 +39,20 @@ class SampleConfig(Recipe):
       dtype: of the networks' matrix products.
       quantization: "int8" or "fp8" for those of the transformer blocks; "" for dtype.
       out: folder the picture and the numbers are written to.
+      task: "generate"; or, of an image: "edit", "inpaint", "remove" (an object) or "invert" (to the
+        noise it came from, and back).
+      image: a PNG, JPEG or WebP file; its middle square is what the model sees.
+      mask: to inpaint or remove: a file of the image's size, white = repaint, or pixels of the
+        image, box:LEFT,TOP,RIGHT,BOTTOM or polygon:X,Y X,Y X,Y ...
+      results: how many an image gets, with labels in turn, each of its own noise; 0 for one per
+        label.
+      strength: of an edit, from 0 (the image) to 1 (a new one).
+      source_label: what the image shows; an edit then starts from the inverted image instead of
+        one mixed with noise; "" for noise.
+      inversion: schedule from the image to its noise, of E, H and P.
+      tries: how often each step of inpainting or removing is made, to fit the new part in.
+      soften: pixels around a mask over which both pictures are blended.
+      margin: pixels that a mask to remove is widened by; a 64th of the side if not set.
     """
 
     model_dir: str
@@ -50,6 +71,16 @@ class SampleConfig(Recipe):
     dtype: str = "float32"
     quantization: str = ""
     out: str = "outputs"
+    task: str = GENERATE
+    image: str = ""
+    mask: str = ""
+    results: int = 0
+    strength: float = 0.6
+    source_label: str = ""
+    inversion: str = INVERSION
+    tries: int = 1
+    soften: float = 0.0
+    margin: float | None = None
 
     def __post_init__(self):
         super().__post_init__()
@@ -65,6 +96,42 @@ class SampleConfig(Recipe):
         for text in self.schedules:
             if text not in PRESET_NAMES:
                 Schedule.parse(text)
+        self._check_task()
+
+    def _check_task(self) -> None:
+        self.check_choice("task", (GENERATE, *OF_IMAGES))
+        self.check_range(("results", "soften", "strength"), 0)
+        self.check_range(("tries",), 1)
+        if self.margin is not None:
+            self.check_range(("margin",), 0)
+        if self.strength > 1:
+            raise InputError(
+                f"config key strength is {self.strength:g}; it must lie in [0, 1], 0 being the "
+                "image and 1 a new one"
+            )
+        Schedule.parse(self.inversion)
+        if self.task == GENERATE:
+            self._refuse_unused(("image", "mask", "source_label"))
+            return
+        if not self.image:
+            raise InputError(f"to {self.task}, give an image: --config.image=FILE")
+        if self.task in MASKED and not self.mask:
+            raise InputError(
+                f"to {self.task}, give a mask: --config.mask=FILE, or box:LEFT,TOP,RIGHT,BOTTOM"
+            )
+        self._refuse_unused((() if self.task in MASKED else ("mask",)) + self._unused_source())
+
+    def _unused_source(self) -> tuple[str, ...]:
+        return () if self.task == "edit" else ("source_label",)
+
+    def _refuse_unused(self, keys: tuple[str, ...]) -> None:
+        """Refuses what was given in vain, because a user would wait for its effect."""
+        for key in keys:
+            if getattr(self, key):
+                raise InputError(
+                    f"config key {key} is set, but task {self.task!r} has no use for it; leave it "
+                    f"out, or set task to one of {', '.join(OF_IMAGES)}"
+                )
 
     @property
     def schedules(self) -> tuple[str, ...]:

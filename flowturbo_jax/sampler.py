@@ -22,8 +22,10 @@ BLOCKS = {
     "Rc": partial(blocks.refine, chained=True),
 }
 
+INVERSION = "H1P11"  # as exact as H12, for half the evaluations (docs/tasks.md)
+
 AfterStep = Callable[[State, Time], State]
-Rewind = Callable[[Latents, Time, Time, Any], Latents]
+Rewind = Callable[[State, Time, Time, Any], State]
 # What is prepared for all times at once may take so many bytes; more is made step by step. Batches
 # that large are bound by products, and the weights that preparing saves are a small part of them.
 # (A vmap around the sampler multiplies it.)
@@ -80,8 +82,8 @@ def integrate(
       t_start: as in `sample`.
       after_step: as in `sample`.
       observe: what to record of the state after each step, a pytree of arrays; None for nothing.
-      rewind: `(x, t, t_before, number) -> x`, how x at t goes back to t_before, where the step is
-        made again; number is of the step and the try, `[]` int32, for noise of its own.
+      rewind: `(state, t, t_before, number) -> state`, how a state at t goes back to t_before, where
+        the step is made again; number is of the step and the try, `[]` int32, for noise of its own.
       tries: how often each step is made, at least 1; without rewind it must be 1.
 
     Returns:
@@ -174,8 +176,8 @@ def _follow(
 
         def step(state, i, once=once):
             def again(state, attempt):
-                x = rewind(once(state, i).x, grid[i + 1], grid[i], i * tries + attempt)
-                return state._replace(x=x), None
+                number = i * tries + attempt
+                return rewind(once(state, i), grid[i + 1], grid[i], number), None
 
             if tries > 1:
                 state, _ = jax.lax.scan(again, state, jnp.arange(tries - 1))

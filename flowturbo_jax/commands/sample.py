@@ -75,7 +75,7 @@ def sample(config: Mapping[str, Any] | ConfigDict) -> dict[str, Any]:
                 **settings,
             )
             rows.append({"card": card, "results": results})
-            panels.append((_title(plan.schedule, made.ms_per_image), made.images[: config.shown]))
+            panels.append((title(plan.schedule, made.ms_per_image), made.images[: config.shown]))
     return _write(config, rows, panels)
 
 
@@ -92,7 +92,8 @@ def _labels(pipe: ClassToImage, config: SampleConfig) -> np.ndarray:
     return np.resize(np.array(wanted), config.samples)
 
 
-def _title(schedule: Schedule, ms_per_image: float) -> list[str]:
+def title(schedule: Schedule, ms_per_image: float) -> list[str]:
+    """The lines over the images of a schedule: what it is, and what it costs."""
     methods = {
         frozenset("H"): "Heun",
         frozenset("E"): "Euler",

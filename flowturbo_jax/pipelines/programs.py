@@ -149,7 +149,7 @@ def generate(
     """
     noise = path.sample_noise(seeds, indices, networks.config.shape)
     flow = make_flow(networks, params, labels, scale, interval, guidance, schedule.needs_refiner)
-    pixels = _decode(networks, decoder_params, sampler.sample(flow, noise, schedule))
+    pixels = decoded(networks, decoder_params, sampler.sample(flow, noise, schedule))
     return images.to_uint8(pixels), jnp.isfinite(pixels).all(axis=(1, 2, 3))
 
 
@@ -164,7 +164,7 @@ sample_images = jax.jit(generate_images, static_argnames=("networks", "schedule"
 @partial(jax.jit, static_argnames=("networks",))
 def decode(decoder_params: Any, latents: Latents, *, networks: Networks) -> ImageBytes:
     """Images `[B, H f, W f, C]` uint8 of latents; the latents' own pixels without a VAE."""
-    return images.to_uint8(_decode(networks, decoder_params, latents))
+    return images.to_uint8(decoded(networks, decoder_params, latents))
 
 
 @partial(jax.jit, static_argnames=("networks",))
@@ -172,6 +172,13 @@ def encode(
     encoder_params: Any, pixels: ImageBytes, noise: Latents | None, *, networks: Networks
 ) -> Latents:
     """Latents `[B, H, W, C]` of images: their mean, or with noise of that shape a draw."""
+    return encoded(networks, encoder_params, pixels, noise)
+
+
+def encoded(
+    networks: Networks, encoder_params: Any, pixels: ImageBytes, noise: Latents | None = None
+) -> Latents:
+    """Latents of images, as `encode`, which compiles it; without a VAE the pixels in [-1, 1]."""
     x = images.from_uint8(pixels)
     if networks.vae is None:
         return x
@@ -188,18 +195,18 @@ def encode(
     return config.scale(found.mode() if noise is None else found.sample(noise))
 
 
-def _decode(networks: Networks, decoder_params: Any, latents: Latents) -> Images:
+def decoded(networks: Networks, decoder_params: Any, latents: Latents) -> Images:
     """Pixels of latents, about [-1, 1]."""
     if networks.vae is None:
         return latents
 
-    def decoded(z: jax.Array) -> jax.Array:
+    def one(z: jax.Array) -> jax.Array:
         return networks.vae.apply({"params": decoder_params}, z, method="decode")
 
     config = networks.vae.config
     z = config.unscale(latents)
     return _in_groups(
-        lambda z: tiled(decoded, z, TILE, OVERLAP, (1, config.downsampling)),
+        lambda z: tiled(one, z, TILE, OVERLAP, (1, config.downsampling)),
         z,
         config.downsampling,
     )

@@ -120,6 +120,20 @@ def check_images(images: jax.Array, description: Description) -> None:
         )
 
 
+def check_model_images(images: jax.Array | np.ndarray, description: Description) -> None:
+    """Refuses images that are not as the model makes them.
+
+    Raises:
+      InputError: they are not uint8 `[B, H, W, C]` with the model's H, W and C, or there are none.
+    """
+    shape = description.image_shape
+    if images.ndim != 4 or images.shape[1:] != shape or images.dtype != np.uint8 or not len(images):
+        raise InputError(
+            f"images are {images.dtype}{list(images.shape)}; this model edits "
+            f"uint8[B, {', '.join(map(str, shape))}]"
+        )
+
+
 def check_latents(latents: jax.Array, description: Description) -> None:
     """Refuses latents that the model cannot decode.
 
