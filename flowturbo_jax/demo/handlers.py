@@ -15,9 +15,9 @@ from flowturbo_jax.demo import limits
 from flowturbo_jax.interfaces import InputError
 from flowturbo_jax.pipelines.class_to_image import ClassToImage
 from flowturbo_jax.pipelines.plan import Plan
+from flowturbo_jax.pipelines.timing import timed
 
 MOST_PROGRAMS = 48  # kept at a time: each takes memory
-LEAST_SECONDS, MOST_CALLS = 0.3, 5  # of a measurement: what is quick is called more often
 BASELINE = "H8"
 
 Pictures = UInt8[np.ndarray, "batch height width channels"]
@@ -180,12 +180,8 @@ class Studio:
     def _measured(self, task: str, request: Request, call: Call, say: Say) -> Made:
         self._prepare(task, request, call, say)
         say(f"sampling {_images(request.count)} with {request.plan.schedule}", 0.7)
-        seconds: list[float] = []
-        while not seconds or (sum(seconds) < LEAST_SECONDS and len(seconds) < MOST_CALLS):
-            begin = time.perf_counter()
-            images = np.asarray(call(self._pipe))
-            seconds.append(time.perf_counter() - begin)
-        return Made(images, request.plan, 1e3 * float(np.median(seconds)) / request.count)
+        images, seconds = timed(lambda: call(self._pipe))
+        return Made(images, request.plan, 1e3 * seconds / request.count)
 
     def _prepare(self, task: str, request: Request, call: Call, say: Say) -> None:
         """Compiles what a call needs, by making it, if none like it was made before."""

@@ -42,7 +42,6 @@ class Pipeline:
       model: the loaded model.
       params: the predictor's and the refiner's parameters (or None) on the device, in the dtype the
         networks compute in.
-      compile_seconds: wall time spent on preparing programs so far, in s.
     """
 
     def __init__(self, model: Model, say: Callable[[str], Any] = logging.info):
@@ -52,7 +51,6 @@ class Pipeline:
         self.params = cast((model.predictor_params, model.refiner_params), model.predictor.dtype)
         # The VAE's group norms want their parameters in float32.
         self._decoder = self._vae_part("decoder")
-        self.compile_seconds = 0.0
         self._encoder: Any = None  # on the device once it is needed
         self._ready: dict[Any, Callable[..., Any]] = {}  # compiled programs
         self._ready_for: Any = None  # these parameters
@@ -207,9 +205,7 @@ class Pipeline:
             else:
                 task.lower(*arguments, **static).compile()
                 self._ready[selected] = partial(task, **static)
-            seconds = time.perf_counter() - begin
-            self.compile_seconds += seconds
-            self._say(f"{what}: ready after {seconds:.1f} s")
+            self._say(f"{what}: ready after {time.perf_counter() - begin:.1f} s")
         return self._ready[selected]
 
     def _static(self, plan: Plan) -> dict[str, Any]:

@@ -10,6 +10,7 @@ import numpy as np
 LEAST_REPEATS = 3  # of a call that takes longer than all of its time
 BURST_SECONDS = 0.1  # enqueueing one call takes some 0.0001 s
 MOST_IN_BURST = 64
+LEAST_SECONDS, MOST_CALLS = 0.3, 5  # of `timed`
 
 
 class Task(NamedTuple):
@@ -110,3 +111,16 @@ class Stopwatch:
         begin = self._clock()
         run()
         return self._clock() - begin
+
+
+def timed(call: Callable[[], Any]) -> tuple[np.ndarray, float]:
+    """The result of a call that is compiled already, on the host, and its wall time in s.
+
+    One call that takes long is believed; of quick ones a few are made, for their median.
+    """
+    seconds: list[float] = []
+    while not seconds or (sum(seconds) < LEAST_SECONDS and len(seconds) < MOST_CALLS):
+        begin = time.perf_counter()
+        result = np.asarray(call())
+        seconds.append(time.perf_counter() - begin)
+    return result, float(np.median(seconds))
