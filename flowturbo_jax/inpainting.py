@@ -46,7 +46,8 @@ class Known(NamedTuple):
         x = self.at(path.renoise(state.x, fresh, t, t_before), t_before)
 
         def redirected(v: Latents) -> Latents:
-            return (state.x + (1 - t) * v - x) / (1 - t_before)
+            start, new = (jnp.broadcast_to(point, v.shape) for point in (state.x, x))
+            return (start + (1 - t) * v - new) / (1 - t_before)
 
         return State(x, jax.tree.map(redirected, state.memory))
 

@@ -25,6 +25,7 @@ ORIENTATION = 0x0112  # EXIF's tag
 DEPTH = 24  # where a PNG file says how many bits its values have
 FULL = {2: 85, 4: 17}  # what Pillow multiplies values of so many bits by, for white to be 255
 NUMBER = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?")
+DRAWN = ("box:", "polygon:")  # what a mask that is no file begins with
 FAR = 1e9  # pixels; no picture reaches there
 FLAT = 1e-12  # of its length squared: a polygon of a smaller area is a line
 SHOWN = 200  # letters of a name, or of a mask, in an error
@@ -105,7 +106,7 @@ def open_mask(
       InputError: the text or the file is no such mask, or nothing would be repainted.
     """
     side, text = _side(shape), os.fspath(text)
-    if text.startswith(("box:", "polygon:")):
+    if text.startswith(DRAWN):
         try:
             corners = _corners(text, picture_size)
         except InputError as error:

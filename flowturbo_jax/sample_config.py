@@ -14,13 +14,24 @@ from flowturbo_jax.schedule import Schedule
 GENERATE = "generate"
 MASKED = ("inpaint", "remove")
 OF_IMAGES = ("edit", *MASKED, "invert")
+TASKS_OF = {  # keys that not every task uses
+    "image": OF_IMAGES,
+    "mask": MASKED,
+    "results": ("edit", *MASKED),
+    "strength": ("edit",),
+    "source_label": ("edit",),
+    "inversion": ("edit", "invert"),
+    "tries": MASKED,
+    "soften": MASKED,
+    "margin": ("remove",),
+}
 
 
 @dataclasses.dataclass(frozen=True)
 class SampleConfig(Recipe):
     """A sampling recipe, validated at construction; configs/ holds the ready ones.
 
-    Samples, shown, columns, batch_size and data are of task "generate".
+    Samples, shown and data are of task "generate".
 
     Attributes:
       model_dir: model directory, or the name of a shipped model.
@@ -110,28 +121,28 @@ class SampleConfig(Recipe):
                 "image and 1 a new one"
             )
         Schedule.parse(self.inversion)
-        if self.task == GENERATE:
-            self._refuse_unused(("image", "mask", "source_label"))
-            return
-        if not self.image:
+        self._refuse_unused()
+        if self.task != GENERATE and not self.image:
             raise InputError(f"to {self.task}, give an image: --config.image=FILE")
         if self.task in MASKED and not self.mask:
             raise InputError(
                 f"to {self.task}, give a mask: --config.mask=FILE, or box:LEFT,TOP,RIGHT,BOTTOM"
             )
-        self._refuse_unused((() if self.task in MASKED else ("mask",)) + self._unused_source())
 
-    def _unused_source(self) -> tuple[str, ...]:
-        return () if self.task == "edit" else ("source_label",)
-
-    def _refuse_unused(self, keys: tuple[str, ...]) -> None:
-        """Refuses what was given in vain, because a user would wait for its effect."""
-        for key in keys:
-            if getattr(self, key):
+    def _refuse_unused(self) -> None:
+        """Refuses what is set for another task, because a user would wait for its effect."""
+        for field in dataclasses.fields(self):
+            tasks = TASKS_OF.get(field.name, (self.task,))
+            if self.task not in tasks and getattr(self, field.name) != field.default:
                 raise InputError(
-                    f"config key {key} is set, but task {self.task!r} has no use for it; leave it "
-                    f"out, or set task to one of {', '.join(OF_IMAGES)}"
+                    f"config key {field.name} is set, but task {self.task!r} has no use for it; it "
+                    f"is for {', '.join(tasks)}"
                 )
+        if self.task == "edit" and self.inversion != INVERSION and not self.source_label:
+            raise InputError(
+                "config key inversion is set, but an edit inverts only if it knows what the image "
+                "shows; set source_label, too"
+            )
 
     @property
     def schedules(self) -> tuple[str, ...]:

@@ -28,10 +28,12 @@ if DEVICE_COUNT_FLAG not in os.environ.get("XLA_FLAGS", ""):
 
 if "FLOWTURBO_CACHE" not in os.environ:  # commands keep their programs here, not at the user's
     os.environ["FLOWTURBO_CACHE"] = tempfile.mkdtemp(prefix="flowturbo-tests-")
-    atexit.register(shutil.rmtree, os.environ["FLOWTURBO_CACHE"], ignore_errors=True)
+    for folder in ("", "-xla"):
+        atexit.register(shutil.rmtree, os.environ["FLOWTURBO_CACHE"] + folder, ignore_errors=True)
 
 import jax  # noqa: E402  (after the environment is set)
 import jaxtyping  # noqa: E402
+from jax.experimental.compilation_cache import compilation_cache  # noqa: E402
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
@@ -107,6 +109,23 @@ def compiled_programs_end_with_their_module() -> Iterator[None]:
     """
     yield
     jax.clear_caches()
+
+
+@pytest.fixture(scope="module")
+def compiled_once() -> Iterator[None]:
+    """Keeps what a file compiles, for files whose tests build the same programs again and again."""
+    settings = {
+        "jax_compilation_cache_dir": os.environ["FLOWTURBO_CACHE"] + "-xla",
+        "jax_persistent_cache_min_compile_time_secs": 0.1,
+    }
+    before = {name: getattr(jax.config, name) for name in settings}
+    for name, value in settings.items():
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()
+    yield
+    for name, value in before.items():
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()
 
 
 @pytest.fixture(autouse=True)

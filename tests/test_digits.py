@@ -1,5 +1,7 @@
 """The shipped digits model's claims, on real data; docs/digits.md has the tables."""
 
+import functools
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -21,6 +23,7 @@ def score(pipe):
     """Scores of a schedule, always on the same noise and labels."""
     labels, judges = evaluation.labels_of(SAMPLES, 10), judging.digits_judges()
 
+    @functools.cache
     def measure(schedule: str) -> dict[str, float]:
         made = evaluation.generate(pipe, labels, pipe.plan(schedule))
         return judging.score(judging.judge(made.images, made.labels, judges), judges)

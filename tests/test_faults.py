@@ -55,7 +55,8 @@ def test_a_run_killed_at_random_moments_ends_bit_for_bit_as_an_undisturbed_one(t
     killed, half_written = [], 0
     while len(killed) < KILLS:
         before = steps_saved(tmp_path / "run")
-        process = train_runs.start(recipe, tmp_path / "run")
+        # What is compiled is kept apart: a kill may damage it.
+        process = train_runs.start(recipe, tmp_path / "run", compiled=str(tmp_path))
         # A random point of what is left, each run getting some way, then a random instant in it.
         goal = before + 1 + moments.randrange(max(2 * STEPS // KILLS, 2))
         alive = wait_for(lambda g=goal: steps_saved(tmp_path / "run") >= min(g, STEPS), process)

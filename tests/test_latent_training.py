@@ -16,6 +16,8 @@ from flowturbo_jax.interfaces import InputError
 from flowturbo_jax.pipelines.class_to_image import ClassToImage
 from flowturbo_jax.train_config import TrainConfig
 
+pytestmark = pytest.mark.usefixtures("compiled_once")
+
 SIT = {**tiny.SIT, "input_size": 4, "in_channels": 3, "num_classes": 2}
 
 

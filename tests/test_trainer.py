@@ -22,6 +22,8 @@ from flowturbo_jax.pipelines.class_to_image import ClassToImage
 from flowturbo_jax.train_config import TrainConfig
 from flowturbo_jax.training_watch import Feed
 
+pytestmark = pytest.mark.usefixtures("compiled_once")
+
 
 def same_bits(a, b) -> bool:
     same = jax.tree.map(lambda x, y: bool((np.asarray(x) == np.asarray(y)).all()), a, b)

@@ -14,6 +14,8 @@ from flowturbo_jax.interfaces import InputError
 from flowturbo_jax.train_config import TrainConfig
 from flowturbo_jax.training_watch import with_index
 
+pytestmark = pytest.mark.usefixtures("compiled_once")
+
 
 @pytest.fixture(scope="module")
 def teacher(tmp_path_factory):

@@ -14,6 +14,7 @@ import tiny
 from flowturbo_jax.run_checkpoints import Checkpoints
 
 ROOT = Path(__file__).parent.parent
+COMPILED = os.environ["FLOWTURBO_CACHE"] + "-xla"
 CONFIG = """
 from flowturbo_jax.train_config import TrainConfig
 
@@ -30,14 +31,16 @@ def write_recipe(folder: Path, **fields: Any) -> Path:
     return file
 
 
-def start(recipe: Path, workdir: Path, *flags: str, devices: int = 1) -> subprocess.Popen:
+def start(
+    recipe: Path, workdir: Path, *flags: str, devices: int = 1, compiled: str = COMPILED
+) -> subprocess.Popen:
     """Starts train.py on so many virtual CPU devices."""
     environment = {
         **os.environ,
         "JAX_PLATFORMS": "cpu",
         "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
-        # Compiled once, so that a test spends its time on what it is about.
-        "JAX_COMPILATION_CACHE_DIR": str(recipe.parent / f"compiled{devices}"),
+        # Compiled once, so that tests spend their time on what they are about.
+        "JAX_COMPILATION_CACHE_DIR": f"{compiled}/{devices}",
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         "PYTHONUNBUFFERED": "1",
     }

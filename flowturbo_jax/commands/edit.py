@@ -19,10 +19,11 @@ from flowturbo_jax.commands.sample import title
 from flowturbo_jax.interfaces import InputError
 from flowturbo_jax.pipelines import evaluation
 from flowturbo_jax.pipelines.class_to_image import ClassToImage
-from flowturbo_jax.pipelines.editing import backwards
+from flowturbo_jax.pipelines.editing import backwards, default_margin
 from flowturbo_jax.pipelines.plan import Plan
 from flowturbo_jax.pipelines.timing import timed
 from flowturbo_jax.sample_config import MASKED, SampleConfig
+from flowturbo_jax.schedule import Schedule
 
 HIDDEN = 128  # grey of what a mask hides
 # What the result of each task depends on, beside the image and how it is sampled.
@@ -30,7 +31,7 @@ SETTINGS = {
     "edit": ("strength", "source_label"),
     "inpaint": ("mask", "tries", "soften"),
     "remove": ("mask", "tries", "soften", "margin"),
-    "invert": ("inversion",),
+    "invert": (),
 }
 
 
@@ -81,8 +82,9 @@ def edit(config: Mapping[str, Any] | ConfigDict) -> dict[str, Any]:
         once()  # compiles
         made, seconds = timed(once)
         results = {"ms_per_image": 1e3 * seconds / len(made), "change": _change(made, subject)}
-        rows.append({"card": _card(pipe, config, plan, len(made)), "results": results})
-        panels.append((title(plan.schedule, results["ms_per_image"]), made))
+        card = _card(pipe, config, plan, len(made))
+        rows.append({"card": card, "results": results})
+        panels.append((title(card, results["ms_per_image"]), made))
     return _write(config, rows, panels, noise)
 
 
@@ -94,13 +96,18 @@ def _subject(pipe: ClassToImage, config: SampleConfig) -> Subject:
         wanted = [0]
     if not wanted and config.task != "remove":
         raise InputError(f"to {config.task}, say what the result shows: --config.labels=CLASS")
-    if config.task == "invert" and max(len(wanted), config.results) > 1:
-        raise InputError("to invert gives one result, of one label; set config.labels to that")
+    if config.task == "invert" and len(wanted) > 1:
+        raise InputError("an image is inverted under one label; set config.labels to that")
+    if config.source_label and config.results > len(wanted):
+        raise InputError(
+            f"{config.results} results of {len(wanted)} label(s) would repeat themselves: an "
+            "inverted image is edited without noise; leave out config.results"
+        )
     picture = pictures.open_picture(config.image, shape)
     mask = pictures.open_mask(config.mask, picture.size, shape) if config.task in MASKED else None
     source = label_of(config.source_label.strip(), names) if config.source_label else None
     count = config.results or max(len(wanted), 1)
-    labels = np.resize(np.array(wanted, np.int32), count) if wanted else None
+    labels = np.resize(np.array(wanted), count) if wanted else None
     return Subject(np.repeat(picture.pixels[None], count, axis=0), mask, labels, source)
 
 
@@ -111,7 +118,7 @@ def _plan(pipe: ClassToImage, config: SampleConfig, text: str, subject: Subject)
         backwards(config.inversion)
     if subject.labels is not None:
         pipe.check(subject.labels, text, *guided)
-    elif guided != (None, None, None):
+    elif guided[0] not in (None, 1) or guided[1] not in (None, "none") or guided[2]:
         raise InputError("without labels nothing can be guided; set config.labels")
     if subject.labels is None or (config.task == "invert" and guided == (None, None, None)):
         return pipe.plan(text, guidance="none")
@@ -134,7 +141,7 @@ def _do(
     how = {"schedule": plan.schedule, **_guidance(plan)}
     if config.task == "invert":
         return pipe.decode(pipe.sample_latents(noise, subject.labels, **how))
-    how["seeds"] = config.seed
+    how |= {"seeds": config.seed, "batch_size": min(config.batch_size, len(subject.images))}
     if config.task == "edit":
         sources = None if subject.source is None else [subject.source] * len(subject.images)
         how |= {"strength": config.strength, "source_labels": sources}
@@ -154,17 +161,24 @@ def _change(made: np.ndarray, subject: Subject) -> float:
 
 
 def _card(pipe: ClassToImage, config: SampleConfig, plan: Plan, count: int) -> dict[str, Any]:
+    """Everything the results depend on, and what they took."""
     sampling = f"in turn: {config.labels}" if config.labels else "none"
-    counts = {"samples": count, "batch_size": count}
+    counts = {"samples": count, "batch_size": min(config.batch_size, count)}
     card = evaluation.protocol_card(
         pipe, plan, seed=config.seed, judges=None, label_sampling=sampling, **counts
     )
     card |= {"task": config.task, "image_sha256": _digest(config.image)}
     card |= {key: getattr(config, key) for key in SETTINGS[config.task]}
-    if config.source_label:
-        card["inversion"] = config.inversion
-    if Path(config.mask).is_file():
+    if config.task == "remove" and config.margin is None:
+        card["margin"] = default_margin(pipe.model.description.image_shape)
+    if config.mask and not config.mask.startswith(pictures.DRAWN):
         card["mask_sha256"] = _digest(config.mask)
+    for kind in ("predictor_evaluations", "refiner_evaluations"):
+        card[kind] *= config.tries
+    if config.source_label or config.task == "invert":
+        card["inversion"] = config.inversion
+        there = Schedule.parse(config.inversion)
+        card["inversion_evaluations"] = there.predictor_evaluations
     return card
 
 

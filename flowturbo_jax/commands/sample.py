@@ -75,7 +75,7 @@ def sample(config: Mapping[str, Any] | ConfigDict) -> dict[str, Any]:
                 **settings,
             )
             rows.append({"card": card, "results": results})
-            panels.append((title(plan.schedule, made.ms_per_image), made.images[: config.shown]))
+            panels.append((title(card, made.ms_per_image), made.images[: config.shown]))
     return _write(config, rows, panels)
 
 
@@ -92,8 +92,14 @@ def _labels(pipe: ClassToImage, config: SampleConfig) -> np.ndarray:
     return np.resize(np.array(wanted), config.samples)
 
 
-def title(schedule: Schedule, ms_per_image: float) -> list[str]:
-    """The lines over the images of a schedule: what it is, and what it costs."""
+def title(card: Mapping[str, Any], ms_per_image: float) -> list[str]:
+    """The lines over the images of a schedule: what it is, and what it costs.
+
+    Args:
+      card: of `evaluation.protocol_card`.
+      ms_per_image: what sampling takes.
+    """
+    schedule = Schedule.parse(card["schedule"])
     methods = {
         frozenset("H"): "Heun",
         frozenset("E"): "Euler",
@@ -101,10 +107,10 @@ def title(schedule: Schedule, ms_per_image: float) -> list[str]:
         frozenset("P"): "Pseudo corrector",
     }
     method = methods.get(schedule.blocks, "FlowTurbo")
-    refiner = f" + {schedule.refiner_evaluations} refiner" if schedule.needs_refiner else ""
+    refiner = f" + {card['refiner_evaluations']} refiner" if schedule.needs_refiner else ""
     return [
         f"{method} {schedule}",
-        f"{schedule.predictor_evaluations} evaluations{refiner}, {ms_per_image:.2f} ms/image",
+        f"{card['predictor_evaluations']} evaluations{refiner}, {ms_per_image:.2f} ms/image",
     ]
 
 

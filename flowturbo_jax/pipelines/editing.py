@@ -195,8 +195,7 @@ class Editing(Pipeline):
         else:
             labels = self._labels(labels, len(images))
         plan = self.plan(schedule, guidance_scale, guidance, guidance_interval)
-        if margin is None:
-            margin = math.ceil(max(images.shape[1:3]) / 64)
+        margin = default_margin(images.shape[1:]) if margin is None else margin
         weights = mask_arrays.weights(masks, margin, soften)
         noise = seeds_and_indices(seeds, first_index, len(images))
         return self._repaint(images, weights, noise, labels, plan, tries, batch_size)
@@ -294,6 +293,11 @@ class Editing(Pipeline):
         return np.full(count, predictor.null_label, np.int32)
 
 
+def default_margin(shape: tuple[int, ...]) -> int:
+    """By how many pixels `remove` widens masks of images `[H, W, C]`, if it is not told."""
+    return math.ceil(max(shape[:2]) / 64)
+
+
 def check_strength(strength: Any) -> Any:
     """A strength as float32.
 
@@ -303,8 +307,10 @@ def check_strength(strength: Any) -> Any:
     Raises:
       InputError: it is no number in [0, 1].
     """
-    if isinstance(strength, jax.Array) and strength.ndim == 0:
-        return jnp.asarray(strength, jnp.float32)
+    if isinstance(strength, jax.core.Tracer) and strength.ndim == 0:
+        return strength.astype(jnp.float32)
+    if isinstance(strength, jax.Array | np.ndarray) and strength.shape == ():
+        strength = strength.item()
     number = isinstance(strength, numbers.Real) and not isinstance(strength, bool)
     if not number or not 0 <= strength <= 1:
         raise InputError(
