@@ -12,6 +12,7 @@ import flowturbo_jax as ft
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
+TASKS = (ROOT / "docs/tasks.md").read_text()
 EXAMPLES = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 
 
@@ -46,6 +47,16 @@ def test_the_class_to_image_example_gives_digits(standard_promotion):
     names = run("ClassToImage")
     assert names["images"].shape == (10, 8, 8, 1)
     assert names["images"].dtype == jnp.uint8
+
+
+@pytest.mark.slow
+def test_the_example_of_tasks_edits_digits(standard_promotion):
+    (example,) = re.findall(r"```python\n(.*?)```", TASKS, re.DOTALL)
+    names: dict = {}
+    exec(compile(example, "docs/tasks.md", "exec"), names)
+    for name in ("edited", "closer", "inpainted", "removed", "again"):
+        assert names[name].shape == (3, 8, 8, 1)
+    np.testing.assert_array_equal(names["inpainted"][:, :4], names["images"][:, :4])
 
 
 def test_every_file_readme_points_to_exists():
