@@ -13,7 +13,7 @@ from einops import reduce
 from jaxtyping import Array, Bool
 
 from flowturbo_jax import path
-from flowturbo_jax.interfaces import Flow, Latents, Memory, State, Time
+from flowturbo_jax.interfaces import Flow, Latents, Memory, Moment, State, Time
 
 
 class Known(NamedTuple):
@@ -62,7 +62,7 @@ class Known(NamedTuple):
         of the path, too, and what it hands on is consistent with them.
         """
 
-        def refine(x: Latents, t: Time, memory: Memory) -> Memory:
+        def refine(x: Latents, t: Time | Moment, memory: Memory) -> Memory:
             return self._fill(flow.refine(x, t, memory), jnp.zeros_like(self.data))
 
         return flow._replace(

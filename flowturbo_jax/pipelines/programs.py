@@ -56,7 +56,7 @@ def make_flow(
     networks: Any,
     params: Any,
     labels: Labels,
-    scale: jax.Array,
+    scale: guide.Scale,
     interval: jax.Array | None,
     guidance: str,
     refining: bool = True,
@@ -67,7 +67,7 @@ def make_flow(
       networks: has `predictor`, `refiner` (or None), `config` and `guided_channels`.
       params: parameters of both, `(predictor, refiner)`.
       labels: `[B]` int32.
-      scale: guidance scale `[]` float32.
+      scale: guidance scale, a number or `[]` float32.
       interval: first and last flow time of guidance `[2]` float32; None for all of the time.
       guidance: "none", "official" or "paired".
       refining: whether the refiner will be called, if there is one.
