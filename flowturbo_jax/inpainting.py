@@ -47,7 +47,8 @@ class Known(NamedTuple):
 
         def redirected(v: Latents) -> Latents:
             start, new = (jnp.broadcast_to(point, v.shape) for point in (state.x, x))
-            return (start + (1 - t) * v - new) / (1 - t_before)
+            found = (start + (1 - t) * v.astype(x.dtype) - new) / (1 - t_before)
+            return found.astype(v.dtype)
 
         return State(x, jax.tree.map(redirected, state.memory))
 
@@ -72,7 +73,9 @@ class Known(NamedTuple):
 
     def _fill(self, memory: Memory, value: Latents) -> Memory:
         # A memory is of velocities, maybe of several branches in front of the batch.
-        return jax.tree.map(lambda leaf: jnp.where(self.free, leaf, value), memory)
+        return jax.tree.map(
+            lambda leaf: jnp.where(self.free, leaf, value.astype(leaf.dtype)), memory
+        )
 
 
 def latent_mask(mask: Bool[Array, "batch height width"], factor: int) -> Bool[Array, "..."]:

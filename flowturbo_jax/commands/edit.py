@@ -145,7 +145,8 @@ def _do(
     if config.task == "edit":
         sources = None if subject.source is None else [subject.source] * len(subject.images)
         how |= {"strength": config.strength, "source_labels": sources}
-        return pipe.edit(subject.images, subject.labels, inversion=config.inversion, **how)
+        how["inversion"] = None if sources is None else config.inversion
+        return pipe.edit(subject.images, subject.labels, **how)
     how |= {"tries": config.tries, "soften": config.soften}
     if config.task == "inpaint":
         return pipe.inpaint(subject.images, subject.mask, subject.labels, **how)
@@ -198,7 +199,7 @@ def _write(
     config: SampleConfig, rows: list[Any], panels: list[Any], noise: jax.Array | None
 ) -> dict[str, Any]:
     """Writes the pictures, then the numbers, each whole or not at all."""
-    out, name = Path(config.out), f"{config.name}_{config.task}"
+    out, name = Path(config.out).expanduser(), f"{config.name}_{config.task}"
     picture, made = out / f"{name}.png", panels[-1][1]
     zoom = max(1, 96 // made.shape[1])
     cards = json.dumps([row["card"] for row in rows])

@@ -116,7 +116,7 @@ def title(card: Mapping[str, Any], ms_per_image: float) -> list[str]:
 
 def _write(config: SampleConfig, rows: list[Any], panels: list[Any]) -> dict[str, Any]:
     """Writes the picture, then the numbers, each whole or not at all."""
-    out = Path(config.out)
+    out = Path(config.out).expanduser()
     picture = out / f"{config.name}.png"
     zoom = max(1, 48 // panels[0][1].shape[1])
     cards = json.dumps([row["card"] for row in rows])

@@ -35,7 +35,7 @@ class Editing(Pipeline):
         *,
         strength: float | jax.Array,
         source_labels: ClassLabels | None = None,
-        inversion: str | Schedule = INVERSION,
+        inversion: str | Schedule | None = None,
         seeds: Seeds = 0,
         first_index: int = 0,
         schedule: str | Schedule | None = None,
@@ -57,7 +57,7 @@ class Editing(Pipeline):
           source_labels: of what they are. If given, the way back is the flow's own, from data to
             noise, instead of mixing with noise: seeds do not matter then, and more of the image
             stays.
-          inversion: the schedule of that way; of E, H and P, unguided.
+          inversion: the schedule of that way, of E, H and P, unguided; H1P11 if None.
           seeds: of the noise to mix with, as in `__call__`, as are the rest.
           first_index: where the indices of a single seed start.
           schedule: which block makes each step from there on.
@@ -78,7 +78,10 @@ class Editing(Pipeline):
         labels = self._labels(labels, len(images))
         sources, way = None, None
         if source_labels is not None:
-            sources, way = self._labels(source_labels, len(images)), backwards(inversion)
+            sources = self._labels(source_labels, len(images))
+            way = backwards(INVERSION if inversion is None else inversion)
+        elif inversion is not None:
+            raise InputError("inversion needs source_labels: what the images show")
         seeds, indices = seeds_and_indices(seeds, first_index, len(images))
         strength = check_strength(strength)
         plan = self.plan(schedule, guidance_scale, guidance, guidance_interval)
@@ -186,7 +189,8 @@ class Editing(Pipeline):
         images = self._given(images)
         masks = mask_arrays.as_masks(masks, images.shape)
         if labels is None:
-            if (guidance or "none") != "none" or guidance_scale not in (None, 1):
+            asked = isinstance(guidance_scale, jax.core.Tracer) or guidance_scale not in (None, 1)
+            if asked or guidance not in (None, "none") or guidance_interval is not None:
                 raise InputError(
                     "without labels nothing can be guided; give labels, or no guidance"
                 )
@@ -270,7 +274,10 @@ class Editing(Pipeline):
 
     def _given(self, images: Any) -> Any:
         self._check_shows_images()
-        images = images if isinstance(images, jax.core.Tracer) else np.asarray(images)
+        try:
+            images = images if isinstance(images, jax.core.Tracer) else np.asarray(images)
+        except ValueError as error:
+            raise InputError("images are a list of several sizes; give one array") from error
         check_model_images(images, self.model.description)
         return images
 

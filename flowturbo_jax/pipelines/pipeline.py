@@ -35,8 +35,8 @@ class Pipeline:
     """What all that is done with a model shares.
 
     Nothing recompiles for other weights, seeds, labels, guidance scales or intervals: a program
-    belongs to (task, networks, schedule, guidance mode, whether there is an interval, batch size)
-    alone. Scale 1 is mode "none", which evaluates one branch.
+    belongs to (task, networks, schedule, that of an inversion, guidance mode, whether there is an
+    interval, number of tries, batch size) alone. Scale 1 is mode "none": one branch.
 
     Attributes:
       model: the loaded model.
@@ -259,5 +259,8 @@ def in_batches(function: Callable[[Any], Any], count: int, batch_size: int | Non
     parts = []
     for first in range(0, count, batch_size):
         rows = np.minimum(np.arange(first, first + batch_size), count - 1)
-        parts.append(np.asarray(function(rows)))
+        made = function(rows)
+        parts.append(made if isinstance(made, jax.core.Tracer) else np.asarray(made))
+    if isinstance(parts[0], jax.core.Tracer):
+        return jnp.concatenate(parts)[:count]
     return jax.device_put(np.concatenate(parts)[:count])
