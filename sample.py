@@ -27,6 +27,8 @@ def main(argv: Sequence[str]) -> None:
     print(f"wrote {report['picture']} and {report['picture'].removesuffix('.png')}.json")
     if "results" in report:
         print(f"wrote {', '.join(report['results'])}")
+    if "noise" in report:
+        print(f"wrote {report['noise']}: the noise, as arr_0")
 
 
 if __name__ == "__main__":

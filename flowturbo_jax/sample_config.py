@@ -54,7 +54,7 @@ class SampleConfig(Recipe):
         noise it came from, and back).
       image: a PNG, JPEG or WebP file; its middle square is what the model sees.
       mask: to inpaint or remove: a file of the image's size, white = repaint, or pixels of the
-        image, box:LEFT,TOP,RIGHT,BOTTOM or polygon:X,Y X,Y X,Y ...
+        image, which may reach beyond it: box:LEFT,TOP,RIGHT,BOTTOM or polygon:X,Y X,Y X,Y ...
       results: how many an image gets, with labels in turn, each of its own noise; 0 for one per
         label.
       strength: of an edit, from 0 (the image) to 1 (a new one).
@@ -63,7 +63,8 @@ class SampleConfig(Recipe):
       inversion: schedule from the image to its noise, of E, H and P.
       tries: how often each step of inpainting or removing is made, to fit the new part in.
       soften: pixels around a mask over which both pictures are blended.
-      margin: pixels that a mask to remove is widened by; a 64th of the side if not set.
+      margin: pixels (of the model's image) that a mask to remove is widened by; a 64th of the side,
+        rounded up, if not set.
     """
 
     model_dir: str

@@ -116,8 +116,8 @@ def test_an_edit_writes_pictures_numbers_cards_and_a_table(run, tmp_path, model)
         assert result.size == (8, 8)
         np.testing.assert_array_equal(np.asarray(result), np.broadcast_to(wanted[i], (8, 8, 3)))
     change = report["schedules"][1]["results"]["change"]
-    ours, theirs = (x.astype(np.float64) / 127.5 - 1 for x in (wanted, images))
-    assert change == pytest.approx(np.linalg.norm(ours - theirs) / np.linalg.norm(theirs))
+    difference = (wanted.astype(np.float64) - images) / 255
+    assert change == pytest.approx(np.sqrt(np.mean(difference**2)))
     assert f"{100 * change:.2f} %" in lines[2]
     assert report["results"] == [str(tmp_path / f"out/t_edit_{i}.png") for i in range(2)]
 
@@ -222,6 +222,27 @@ def test_an_edit_under_another_label_can_start_from_the_inverted_image(run, tmp_
     np.testing.assert_array_equal(pixels(tmp_path, "t_edit_0")[..., 0], wanted[0, ..., 0])
 
 
+def test_the_picture_shows_the_margin_and_the_soft_edge_too(tmp_path):
+    mask = np.zeros((8, 8), bool)
+    mask[4, 4] = True
+    subject = edit.Subject(np.zeros((1, 8, 8, 1), np.uint8), mask, None, None)
+    base = {"name": "t", "model_dir": "m", "schedule": "E1", "image": "i", "mask": "m"}
+    shown = {}
+    for task, more in (
+        ("remove", {"margin": 0.0}),
+        ("remove", {}),
+        ("remove", {"margin": 2.0}),
+        ("inpaint", {"soften": 2.0}),
+    ):
+        config = SampleConfig(**base, task=task, **more)
+        shown[task, *more.values()] = edit._given(config, subject)[1][1, 4, :, 0].tolist()
+    grey = edit.HIDDEN
+    assert shown["remove", 0.0] == [0, 0, 0, 0, grey, 0, 0, 0]
+    assert shown[("remove",)] == [0, 0, 0, grey, grey, grey, 0, 0]  # a 64th, rounded up
+    assert shown["remove", 2.0] == [0, 0, grey, grey, grey, grey, grey, 0]
+    assert shown["inpaint", 2.0] == [0, 0, 0, grey // 2, grey, grey // 2, 0, 0]
+
+
 def test_the_picture_shows_what_is_repainted(run, tmp_path, monkeypatch):
     drawn = []
     side_by_side = edit.images.side_by_side
@@ -289,7 +310,7 @@ BOX = "box:2,2,6,6"
         ("remove", {"labels": 3}, "to remove, give a mask"),
         ("remove", {"mask": BOX, "margin": -1}, "margin is -1"),
         ("remove", {"mask": BOX, "guidance_scale": 2}, "without labels nothing can be guided"),
-        ("invert", {"labels": "1,2"}, "an image is inverted under one label"),
+        ("invert", {"labels": "1,2"}, "an image is inverted under one label, of what it shows"),
         ("invert", {"labels": 1, "results": 3}, "key results is set, but task 'invert' has no use"),
         ("invert", {"labels": 1, "inversion": "H1R1"}, "refiner goes from noise to data only"),
         ("invert", {"labels": 1, "inversion": "Q"}, "cannot be read|unknown block"),
@@ -316,9 +337,11 @@ def test_bad_input_is_one_line_and_writes_nothing(run, tmp_path, bad, task, keys
 
 def test_a_place_that_cannot_be_written_is_one_line(run, tmp_path):
     (tmp_path / "file").write_text("in the way")
-    code, _, errors = run("edit", labels=3, strength=0, schedule="E1", out=tmp_path / "file")
-    assert code == 2
-    assert "cannot write to" in errors.splitlines()[-1]
+    for place in ("file", "file/inside"):
+        code, _, errors = run("edit", labels=3, strength=0, schedule="E1", out=tmp_path / place)
+        assert code == 2
+        (line,) = errors.splitlines()  # so nothing was computed before
+        assert re.search("cannot write to .*file is no folder", line)
     assert (tmp_path / "file").read_text() == "in the way"
 
 

@@ -9,11 +9,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from flowturbo_jax import images, pictures
+from flowturbo_jax import images, masks, pictures
 from flowturbo_jax.class_names import label_of
+from flowturbo_jax.commands import output_file
 from flowturbo_jax.commands.progress import say
 from flowturbo_jax.commands.sample import title
 from flowturbo_jax.interfaces import InputError
@@ -69,6 +71,7 @@ def edit(config: Mapping[str, Any] | ConfigDict) -> dict[str, Any]:
       InputError: the recipe, the model directory, the image or the mask is wrong.
     """
     config = SampleConfig.create(config)
+    output_file.check_folder(config.out)
     pipe = ClassToImage.load(config.model_dir, config.dtype, config.quantization or None, say)
     subject = _subject(pipe, config)
     plans = [_plan(pipe, config, text, subject) for text in config.schedules]
@@ -76,7 +79,7 @@ def edit(config: Mapping[str, Any] | ConfigDict) -> dict[str, Any]:
     if config.task == "invert":
         one = (subject.images[:1], subject.labels[:1])
         noise = pipe.invert(*one, schedule=config.inversion, **_guidance(plans[-1]))
-    panels, rows, made = [_given(subject)], [], None
+    panels, rows, made = [_given(config, subject)], [], None
     for plan in plans:
         once = partial(_do, pipe, config, subject, plan, noise)
         once()  # compiles
@@ -95,9 +98,10 @@ def _subject(pipe: ClassToImage, config: SampleConfig) -> Subject:
     if not wanted and not description.predictor.num_classes:
         wanted = [0]
     if not wanted and config.task != "remove":
-        raise InputError(f"to {config.task}, say what the result shows: --config.labels=CLASS")
+        what = "image" if config.task == "invert" else "result"
+        raise InputError(f"to {config.task}, say what the {what} shows: --config.labels=CLASS")
     if config.task == "invert" and len(wanted) > 1:
-        raise InputError("an image is inverted under one label; set config.labels to that")
+        raise InputError("an image is inverted under one label, of what it shows; give only that")
     if config.source_label and config.results > len(wanted):
         raise InputError(
             f"{config.results} results of {len(wanted)} label(s) would repeat themselves: an "
@@ -156,9 +160,9 @@ def _do(
 
 
 def _change(made: np.ndarray, subject: Subject) -> float:
-    """Root mean square of the difference from the image, relative to the image's own."""
-    image, made = (x.astype(np.float64) / 127.5 - 1 for x in (subject.images, made))
-    return float(np.sqrt(np.mean((made - image) ** 2) / np.mean(image**2)))
+    """Root mean square of the difference from the image, 1 being from black to white."""
+    difference = made.astype(np.float64) - subject.images
+    return float(np.sqrt(np.mean(difference**2)) / 255)
 
 
 def _card(pipe: ClassToImage, config: SampleConfig, plan: Plan, count: int) -> dict[str, Any]:
@@ -187,12 +191,18 @@ def _digest(file: str) -> str:
     return hashlib.sha256(Path(file).expanduser().read_bytes()).hexdigest()
 
 
-def _given(subject: Subject) -> tuple[list[str], np.ndarray]:
+def _given(config: SampleConfig, subject: Subject) -> tuple[list[str], np.ndarray]:
+    """The image, and where it is repainted: by the mask, by its margin, and by its soft edge."""
     image = subject.images[:1]
     if subject.mask is None:
         return ["given"], image
-    hidden = np.where(subject.mask[None, ..., None], np.uint8(HIDDEN), image)
-    return ["given", "and what is repainted"], np.concatenate([image, hidden])
+    margin = 0.0
+    if config.task == "remove":
+        margin = default_margin(image.shape[1:]) if config.margin is None else config.margin
+    parts = masks.weights(subject.mask[None], margin, config.soften)[..., None]
+    covered = np.full_like(image, HIDDEN)
+    hidden = images.composite(*(jnp.asarray(array) for array in (image, covered, parts)))
+    return ["given", "and what is repainted"], np.concatenate([image, np.asarray(hidden)])
 
 
 def _write(
@@ -238,5 +248,5 @@ def table(report: dict[str, Any]) -> str:
             "  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True))
             for line in lines
         )
-        + "\n(change: root mean square of the difference from the image, relative to the image's)"
+        + "\n(change: root mean square of the difference from the image; black to white is 100 %)"
     )

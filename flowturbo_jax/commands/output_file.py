@@ -3,6 +3,7 @@
 import fcntl
 import os
 import socket
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -23,6 +24,27 @@ def named(text: str) -> Path:
     if os.path.exists(out) and not os.path.isfile(out):
         raise InputError(f"--out is {text!r}, which is no regular file")
     return out
+
+
+def check_folder(text: str) -> None:
+    """Refuses a folder that nothing can be written into, before what is to go there is made.
+
+    Nothing is left behind, and the folder itself is not made.
+
+    Raises:
+      InputError: it is a file or lies in one, or there is no right to write.
+    """
+    folder = Path(text).expanduser().absolute()
+    there = next(path for path in (folder, *folder.parents) if os.path.lexists(path))
+    if not there.is_dir():
+        raise InputError(f"cannot write to {folder}: {there} is no folder; change config.out")
+    try:
+        with tempfile.TemporaryFile(dir=there):
+            pass
+    except OSError as error:
+        raise InputError(
+            f"cannot write to {folder}: {error.strerror}; change config.out"
+        ) from error
 
 
 def work_folder(out: Path) -> Path:

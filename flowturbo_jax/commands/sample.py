@@ -12,6 +12,7 @@ from tqdm import tqdm
 
 from flowturbo_jax import images
 from flowturbo_jax.class_names import label_of
+from flowturbo_jax.commands import output_file
 from flowturbo_jax.commands.progress import say
 from flowturbo_jax.interfaces import InputError
 from flowturbo_jax.pipelines import evaluation, judging
@@ -35,6 +36,7 @@ def sample(config: Mapping[str, Any] | ConfigDict) -> dict[str, Any]:
       InputError: the recipe or the model directory is wrong.
     """
     config = SampleConfig.create(config)
+    output_file.check_folder(config.out)
     pipe = ClassToImage.load(config.model_dir, config.dtype, config.quantization or None, say)
     judges = judging.digits_judges() if config.data else None
     if judges is not None:
