@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import jax
 from jaxtyping import Array, Float, Int, PyTree, UInt8
 
 Latents = Float[Array, "batch *point"]  # a point on the path; [B, H, W, C] for images
@@ -39,6 +40,27 @@ class Moment(NamedTuple):
         return self.t - other.t
 
 
+@jax.tree_util.register_pytree_node_class
+class Timeless:
+    """A part of what a flow prepares that is the same at all times, so it is kept once.
+
+    Attributes:
+      value: a pytree of arrays, without an axis of times; a Moment holds it as it is.
+    """
+
+    def __init__(self, value: Any):
+        self.value = value
+
+    def tree_flatten(self) -> tuple[tuple[Any], None]:
+        """What JAX takes it apart into."""
+        return (self.value,), None
+
+    @classmethod
+    def tree_unflatten(cls, _: None, children: tuple[Any]) -> "Timeless":
+        """What JAX puts it together from."""
+        return cls(*children)
+
+
 class Flow(NamedTuple):
     """The vector field a sampler integrates, as pure functions over arrays.
 
@@ -55,7 +77,7 @@ class Flow(NamedTuple):
         on t (guidance on part of the time); the memory itself by default.
       prepare: `(times [N]) -> prepared`, what depends on the times alone (embeddings, modulations),
         computed for all evaluations at once before the first of them: a pytree of arrays, stacked
-        along a first axis `[N]`; None for nothing.
+        along a first axis `[N]`, but for what stands in a Timeless; None for nothing.
     """
 
     predict: Callable[[Latents, Time], Memory]

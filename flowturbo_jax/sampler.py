@@ -11,7 +11,7 @@ from absl import logging
 from jaxtyping import Array, Float
 
 from flowturbo_jax import blocks
-from flowturbo_jax.interfaces import Flow, InputError, Latents, Moment, State, Time
+from flowturbo_jax.interfaces import Flow, InputError, Latents, Moment, State, Time, Timeless
 from flowturbo_jax.schedule import Schedule
 
 BLOCKS = {
@@ -193,24 +193,39 @@ def _moments(flow: Flow, grid: Float[Array, " times"]) -> Callable[[Any], Time |
     """The times of a grid by their index, with what the flow prepares for them."""
     if flow.prepare is None:
         return lambda i: grid[i]
-    shapes = jax.tree.leaves(jax.eval_shape(flow.prepare, grid))
-    for leaf in shapes:
-        if leaf.shape[:1] != grid.shape:
+    shapes = jax.eval_shape(flow.prepare, grid)
+    for leaf in jax.tree.leaves(shapes, is_leaf=_is_timeless):
+        if not _is_timeless(leaf) and leaf.shape[:1] != grid.shape:
             raise InputError(
                 f"the flow prepares {_form(leaf)} for {len(grid)} times; every array needs a first "
-                "axis of that length"
+                "axis of that length, or a Timeless around it"
             )
-    size = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in shapes)
+    size = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(shapes))
     if size > PREPARED_BYTES:
         logging.info("%.1f GB of conditioning: each step makes its own", size / 1e9)
         return lambda i: grid[i]
-    leaves, tree = jax.tree.flatten(flow.prepare(grid))
+    prepared = flow.prepare(grid)
+    return lambda i: Moment(grid[i], at_time(prepared, i))
 
-    def moment(i: Any) -> Moment:
-        at = [jax.lax.dynamic_index_in_dim(leaf, i, keepdims=False) for leaf in leaves]
-        return Moment(grid[i], jax.tree.unflatten(tree, at))
 
-    return moment
+def at_time(prepared: Any, i: Any) -> Any:
+    """What a flow prepared, at one time.
+
+    Args:
+      prepared: for all times, as `Flow.prepare` gives it.
+      i: index of the time, `[]` int32; may be traced.
+    """
+
+    def one(leaf: Any) -> Any:
+        if _is_timeless(leaf):
+            return leaf.value
+        return jax.lax.dynamic_index_in_dim(leaf, i, keepdims=False)
+
+    return jax.tree.map(one, prepared, is_leaf=_is_timeless)
+
+
+def _is_timeless(leaf: Any) -> bool:
+    return isinstance(leaf, Timeless)
 
 
 def _first_memory(flow: Flow, noise: Latents, schedule: Schedule, t: Time | Moment) -> Any:

@@ -12,7 +12,7 @@ from flax import linen as nn
 
 import flowturbo_jax as ft
 from flowturbo_jax import sampler
-from flowturbo_jax.interfaces import Moment
+from flowturbo_jax.interfaces import Moment, Timeless
 from flowturbo_jax.model_directory import Model, modules
 from flowturbo_jax.models import Refiner
 from flowturbo_jax.pipelines import programs
@@ -93,6 +93,33 @@ def test_every_evaluation_gets_what_was_prepared_for_its_time():
     for schedule in ("E2", "H2", "P3", "H1P1R2", "H1Rc1"):
         np.testing.assert_array_equal(ft.sample(flow, x, schedule), x)
     assert set(seen) == {(3,), (4,), (5,)}  # steps + 1
+
+
+def test_what_is_the_same_at_all_times_is_prepared_once_and_handed_on_as_it_is():
+    big, shapes = jnp.arange(6.0).reshape(2, 3), []
+
+    def prepare(times):
+        return {"time": times, "text": Timeless((big, jnp.ones(7)))}
+
+    def predict(x, t):
+        shapes.append(jax.tree.map(jnp.shape, t.prepared))
+        return jnp.zeros_like(x) + t.prepared["text"][0] + t.prepared["time"] - t.t
+
+    x = jnp.ones((2, 3))
+    out = ft.sample(ft.Flow(predict, prepare=prepare), x, "H1P2")
+    np.testing.assert_allclose(out, x + big, rtol=1e-6)
+    assert all(found == {"time": (), "text": ((2, 3), (7,))} for found in shapes)
+    program = jax.make_jaxpr(
+        lambda text: ft.sample(
+            ft.Flow(
+                lambda x, t: x + t.prepared,
+                prepare=lambda times: Timeless(text),
+            ),
+            x,
+            "H9",
+        )
+    )(big)
+    assert "[10,2,3]" not in str(program), "copied for every time"
 
 
 def test_after_step_is_given_plain_times():

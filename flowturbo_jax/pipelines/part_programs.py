@@ -161,10 +161,7 @@ def evaluate(
     def one(x: Latents, i: Int[Array, ""]) -> tuple[Latents, None]:
         t: Any = grid[i]
         if prepared is not None:
-            at = jax.tree.map(
-                lambda leaf: jax.lax.dynamic_index_in_dim(leaf, i, keepdims=False), prepared
-            )
-            t = Moment(t, at)
+            t = Moment(t, sampler.at_time(prepared, i))
         return (flow.predict(x, t) if network == "predictor" else flow.refine(x, t, x)), None
 
     return jax.lax.scan(one, x, indices)[0]
