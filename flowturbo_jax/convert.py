@@ -23,7 +23,7 @@ from flowturbo_jax.weights.tensor import Tensor, quoted
 StateDict = Mapping[str, np.ndarray | Tensor]
 
 _BATCH_NORM = r"bn\.(weight|bias|running_mean|running_var|num_batches_tracked)"
-# Tensors that serve training only, and are left out by name.
+# Tensors that serve training only, or nothing that is done here, and are left out by name.
 TRAINING_ONLY = {
     # REPA models/sit.py
     "sit": re.compile(r"projectors\.\d{1,4}\.\d{1,4}\.(weight|bias)"),
@@ -32,6 +32,8 @@ TRAINING_ONLY = {
         r"(\w+\.){1,2}bn\.num_batches_tracked"
         rf"|AuxLogits\.(conv[01]\.(conv\.weight|{_BATCH_NORM})|fc\.(weight|bias))"
     ),
+    # transformers modeling_clip.py: the numbers 0, 1, 2, ..., and what makes CLIP's score of a text
+    "clip": re.compile(r"(text_model\.)?embeddings\.position_ids|text_projection\.weight"),
 }
 OLD_ATTENTION = {  # diffusers modeling_utils.py, _convert_deprecated_attention_blocks
     "query": "to_q",
@@ -51,10 +53,10 @@ def with_known_names(
       state: as read from a file.
 
     Returns:
-      The state dict to convert, and the names of what it leaves out because only training uses it.
+      The state dict to convert, and the names of what it leaves out, by TRAINING_ONLY.
 
     Source: REPA utils.py, load_legacy_checkpoints; diffusers modeling_utils.py; torchvision
-      inception.py.
+      inception.py; transformers modeling_clip.py.
     """
     unused = TRAINING_ONLY.get(kind)
     dropped = {name: None for name in state if unused and unused.fullmatch(name)}
@@ -66,6 +68,9 @@ def with_known_names(
         first = block_count(kept)  # REPA once kept the blocks after its projectors apart
         later = re.compile(r"decoder_blocks\.(\d{1,4})\.(.+)")
         return _renamed(kept, later, lambda m: f"blocks.{first + int(m[1])}.{m[2]}"), list(dropped)
+    if kind == "clip":  # transformers 5 writes a CLIPTextModel without the prefix
+        bare = re.compile(r"(?:embeddings|encoder|final_layer_norm)\..+")
+        return _renamed(kept, bare, lambda m: f"text_model.{m[0]}"), list(dropped)
     return kept, list(dropped)
 
 

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from flowturbo_jax.models import InceptionConfig, SiTConfig, VAEConfig
+from flowturbo_jax.models import CLIPTextConfig, InceptionConfig, SiTConfig, UNetConfig, VAEConfig
 from flowturbo_jax.models.inception_blocks import convolutions
 
 
@@ -114,8 +114,88 @@ def inception(config: InceptionConfig) -> list[Entry]:
     return entries
 
 
+def clip(config: CLIPTextConfig) -> list[Entry]:
+    """CLIP's text encoder. Source: transformers modeling_clip.py."""
+    layer = "text_model.encoder.layers.{}"
+    attention = (("q", "query"), ("k", "key"), ("v", "value"), ("out", "out"))
+    embeddings = "text_model.embeddings"
+    entries = [
+        Entry(f"{embeddings}.token_embedding.weight", "token_embedding/embedding"),
+        Entry(f"{embeddings}.position_embedding.weight", "position_embedding"),
+        *_norm("text_model.final_layer_norm", "final_norm"),
+    ]
+    for theirs, ours in attention:
+        entries += _layer(f"{layer}.self_attn.{theirs}_proj", f"layers/{ours}", "linear")
+    for theirs, ours in (("fc1", "up"), ("fc2", "down")):
+        entries += _layer(f"{layer}.mlp.{theirs}", f"layers/{ours}", "linear")
+    for number in ("1", "2"):
+        entries += _norm(f"{layer}.layer_norm{number}", f"layers/norm{number}")
+    return entries
+
+
+def unet(config: UNetConfig) -> list[Entry]:
+    """The text-to-image U-Net. Source: diffusers unet_2d_condition.py, unet_2d_blocks.py."""
+    widths = config.block_out_channels
+    last, layers = len(widths) - 1, config.layers_per_block
+    entries = _layer("conv_in", "conv_in", "conv")
+    entries += _layer("time_embedding.linear_1", "time_embedding/up", "linear")
+    entries += _layer("time_embedding.linear_2", "time_embedding/down", "linear")
+    for level, width in enumerate(widths):
+        official, ours = f"down_blocks.{level}", f"down_{level}"
+        grows = width != widths[max(level - 1, 0)]
+        shortcuts = [grows] + [False] * (layers - 1)
+        attends = layers * config.cross_attention[level]
+        entries += _stage(config, official, ours, shortcuts, attends)
+        if level < last:
+            entries += _layer(f"{official}.downsamplers.0.conv", f"{ours}/downsample", "conv")
+    entries += _stage(config, "mid_block", "middle", [False, False], 1)
+    for number, level in enumerate(reversed(range(len(widths)))):
+        official, ours = f"up_blocks.{number}", f"up_{number}"
+        attends = (layers + 1) * config.cross_attention[level]
+        entries += _stage(config, official, ours, [True] * (layers + 1), attends)
+        if level:
+            entries += _layer(f"{official}.upsamplers.0.conv", f"{ours}/upsample", "conv")
+    entries += _norm("conv_norm_out", "norm_out")
+    return entries + _layer("conv_out", "conv_out", "conv")
+
+
+def _stage(
+    config: UNetConfig, official: str, ours: str, shortcuts: list[bool], transformers: int
+) -> list[Entry]:
+    """A U-Net's residual layers, by whether each changes the width, and its transformers."""
+    entries = []
+    for layer, shortcut in enumerate(shortcuts):
+        theirs, name = f"{official}.resnets.{layer}", f"{ours}/residual_layers_{layer}"
+        entries += _residual(theirs, name, shortcut)
+        entries += _layer(f"{theirs}.time_emb_proj", f"{name}/time", "linear")
+    for layer in range(transformers):
+        theirs, name = f"{official}.attentions.{layer}", f"{ours}/transformers_{layer}"
+        projection = "linear" if config.linear_projection else "conv"
+        entries += _norm(f"{theirs}.norm", f"{name}/norm")
+        entries += _layer(f"{theirs}.proj_in", f"{name}/project_in", projection)
+        entries += _layer(f"{theirs}.proj_out", f"{name}/project_out", projection)
+        for block in range(config.transformer_layers):
+            entries += _text_block(f"{theirs}.transformer_blocks.{block}", f"{name}/blocks_{block}")
+    return entries
+
+
+def _text_block(official: str, ours: str) -> list[Entry]:
+    entries = []
+    for number in ("1", "2", "3"):
+        entries += _norm(f"{official}.norm{number}", f"{ours}/norm{number}")
+    for attn, name in (("attn1", "self_attention"), ("attn2", "cross_attention")):
+        for theirs, part in (("q", "query"), ("k", "key"), ("v", "value")):  # without bias
+            weight = f"{official}.{attn}.to_{theirs}.weight"
+            entries.append(Entry(weight, f"{ours}/{name}/{part}/kernel", "linear"))
+        entries += _layer(f"{official}.{attn}.to_out.0", f"{ours}/{name}/out", "linear")
+    entries += _layer(f"{official}.ff.net.0.proj", f"{ours}/feed_forward/up", "linear")
+    return entries + _layer(f"{official}.ff.net.2", f"{ours}/feed_forward/down", "linear")
+
+
 NAME_TABLES: dict[str, Callable[[Any], list[Entry]]] = {
     "sit": sit,
     "vae": vae,
     "inception": inception,
+    "clip": clip,
+    "unet": unet,
 }

@@ -1,6 +1,7 @@
 """Attention: the formula, its precision, and which implementation is chosen where."""
 
 import types
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -31,6 +32,34 @@ def formula(q, k, v):
 def test_attention_is_its_formula(shape):
     q, k, v = heads(shape)
     np.testing.assert_allclose(attend(*map(jnp.asarray, (q, k, v))), formula(q, k, v), atol=2e-6)
+
+
+def test_there_may_be_other_numbers_of_keys_than_of_queries():
+    q, _, _ = heads((2, 5, 3, 8))
+    _, k, v = heads((2, 7, 3, 8))
+    np.testing.assert_allclose(attend(*map(jnp.asarray, (q, k, v))), formula(q, k, v), atol=2e-6)
+
+
+def test_a_causal_query_sees_no_later_key():
+    q, k, v = heads((2, 5, 3, 8))
+    out = attend(*map(jnp.asarray, (q, k, v)), causal=True)
+    for place in range(5):
+        seen = formula(q[:, place : place + 1], k[:, : place + 1], v[:, : place + 1])
+        np.testing.assert_allclose(out[:, place : place + 1], seen, atol=2e-6)
+    jnn = partial(jax.nn.dot_product_attention, is_causal=True)
+    np.testing.assert_allclose(out, jnn(*map(jnp.asarray, (q, k, v))), atol=2e-6)
+
+
+def test_gradients_through_a_causal_mask_are_those_of_jax_nn():
+    given = [jnp.asarray(a) for a in heads()]
+
+    def slopes(function):
+        return jax.grad(lambda *qkv: jnp.square(function(*qkv)).sum(), argnums=(0, 1, 2))(*given)
+
+    own = slopes(partial(attend, causal=True))
+    reference = slopes(partial(jax.nn.dot_product_attention, is_causal=True))
+    for a, b in zip(own, reference, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
 
 
 def test_float64_is_float64_throughout():

@@ -5,16 +5,22 @@ from typing import Any, NamedTuple
 from flax import linen as nn
 
 from flowturbo_jax.interfaces import InputError
+from flowturbo_jax.models.clip import CLIPText, CLIPTextConfig
 from flowturbo_jax.models.inception import Inception, InceptionConfig
 from flowturbo_jax.models.mixture import Mixture, MixtureConfig
 from flowturbo_jax.models.refiner import Refiner
 from flowturbo_jax.models.sit import SiT, SiTConfig
+from flowturbo_jax.models.text_predictor import TextPredictor
+from flowturbo_jax.models.unet import UNet
+from flowturbo_jax.models.unet_config import UNetConfig
 from flowturbo_jax.models.vae import VAE, VAEConfig
 
 __all__ = [
     "FAMILIES",
     "NETWORKS",
     "VAE",
+    "CLIPText",
+    "CLIPTextConfig",
     "Family",
     "Inception",
     "InceptionConfig",
@@ -23,6 +29,9 @@ __all__ = [
     "Refiner",
     "SiT",
     "SiTConfig",
+    "TextPredictor",
+    "UNet",
+    "UNetConfig",
     "VAEConfig",
     "family",
 ]
@@ -33,7 +42,7 @@ class Family(NamedTuple):
 
     Attributes:
       config: frozen dataclass of hyper-parameters with `shape`, `num_classes`, `null_label`,
-        `size_name`, `refiner()` and `check_refiner()`, validated at construction.
+        `takes_text`, `size_name`, `refiner()` and `check_refiner()`, validated at construction.
       network: module class taking that config and options such as dtype.
       refiner_config: dataclass of what `refiner()` gives.
       refiner_network: module class taking that, with two inputs side by side.
@@ -58,9 +67,10 @@ class Family(NamedTuple):
 FAMILIES = {
     "sit": Family(SiTConfig, SiT),
     "mixture": Family(MixtureConfig, Mixture, fitted=True),
+    "unet": Family(UNetConfig, UNet, UNetConfig, UNet),
 }
 # Every kind of network that weights are converted for.
-NETWORKS = {"sit": SiT, "vae": VAE, "inception": Inception}
+NETWORKS = {"sit": SiT, "vae": VAE, "inception": Inception, "clip": CLIPText, "unet": UNet}
 
 
 def family(name: str) -> Family:

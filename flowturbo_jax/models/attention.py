@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 Heads = Float[Array, "batch tokens heads size"]
+KeyHeads = Float[Array, "batch keys heads size"]  # as many as queries in self-attention
 
 IMPLEMENTATIONS = ("xla", "cudnn")
 # What cuDNN's fused attention takes: NVIDIA, "cuDNN Frontend: Scaled Dot Product Attention".
@@ -70,8 +71,10 @@ def for_device(device: Any, dtype: Any, head_size: int) -> tuple[str, str]:
     return implementation, reason
 
 
-def attend(q: Heads, k: Heads, v: Heads, implementation: str = "xla") -> Heads:
-    """Attention without a mask, `softmax(q k^T / sqrt(size)) v` for each head.
+def attend(
+    q: Heads, k: KeyHeads, v: KeyHeads, implementation: str = "xla", causal: bool = False
+) -> Heads:
+    """Attention, `softmax(q k^T / sqrt(size)) v` for each head.
 
     "xla" writes it out: heads first, so that each product is one batched matrix product; softmax
     in float32 (float64 for float64), and divided by its sum only after the second product, where
@@ -80,20 +83,24 @@ def attend(q: Heads, k: Heads, v: Heads, implementation: str = "xla") -> Heads:
 
     Args:
       q: queries `[B, T, N, H]` float.
-      k: keys, as q.
-      v: values, as q.
+      k: keys `[B, S, N, H]`, dtype of q.
+      v: values, as k.
       implementation: one of IMPLEMENTATIONS; see `choose`.
+      causal: each query sees the keys up to its own place only.
 
     Returns:
       `[B, T, N, H]`, dtype of q.
     """
     if implementation == "cudnn":
-        return jax.nn.dot_product_attention(q, k, v, implementation="cudnn")
+        return jax.nn.dot_product_attention(q, k, v, is_causal=causal, implementation="cudnn")
     exact = jnp.float64 if q.dtype == jnp.float64 else jnp.float32
     q, k, v = (jnp.swapaxes(a, 1, 2) for a in (q, k, v))
     logits = jnp.einsum("bnth,bnsh->bnts", q, k, preferred_element_type=exact)
     # Not q before the product: 72^-0.5 is 0.15 % off in bfloat16.
     logits = logits * jnp.asarray(q.shape[-1] ** -0.5, exact)
+    if causal:
+        seen = jnp.tril(jnp.ones(logits.shape[-2:], bool))
+        logits = jnp.where(seen[None, None], logits, -jnp.inf)
     highest = jax.lax.stop_gradient(logits.max(axis=-1, keepdims=True))
     weights = jnp.exp(logits - highest)
     total = weights.sum(axis=-1, keepdims=True)

@@ -6,7 +6,7 @@ of it differs from the mixture by the sampler's own error alone.
 
 import dataclasses
 import math
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -33,6 +33,8 @@ class MixtureConfig:
     in_channels: int
     num_classes: int
     components: int
+
+    takes_text: ClassVar[bool] = False  # its condition is labels
 
     def __post_init__(self):
         for field in dataclasses.fields(self):

@@ -7,7 +7,7 @@ import contextlib
 import dataclasses
 import math
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -56,6 +56,8 @@ class SiTConfig:
     frequency_embedding_size: int = 256
     in_channels_scale: int = 1
     reversed_time: bool = False
+
+    takes_text: ClassVar[bool] = False  # its condition is labels
 
     def __post_init__(self):
         sizes = ("input_size", "in_channels", "patch_size", "hidden_size", "depth", "num_heads")

@@ -62,7 +62,7 @@ class SpatialAttention(nn.Module):
 
 
 class GroupNorm(nn.Module):
-    """Group norm: `(x - mean) / sqrt(variance + 1e-6) * scale + bias`, statistics per group.
+    """Group norm: `(x - mean) / sqrt(variance + epsilon) * scale + bias`, statistics per group.
 
     They are taken in float32 whatever x is (in float64 for float64), in two passes as PyTorch's:
     E[x^2] - E[x]^2 cancels where the mean is large. Sums go over the pixels first, each channel by
@@ -71,10 +71,12 @@ class GroupNorm(nn.Module):
     Attributes:
       groups: number of groups; neighbouring channels form one.
       dtype: of the result.
+      epsilon: what is added to the variance.
     """
 
     groups: int
     dtype: Any
+    epsilon: float = NORM_EPSILON
 
     @nn.compact
     def __call__(self, x: Maps) -> Maps:
@@ -90,7 +92,7 @@ class GroupNorm(nn.Module):
         h = x.astype(exact)
         mean = group_mean(h)
         variance = group_mean(jnp.square(h - mean))
-        factor = jax.lax.rsqrt(variance + NORM_EPSILON) * scale.astype(exact)[None, None, None, :]
+        factor = jax.lax.rsqrt(variance + self.epsilon) * scale.astype(exact)[None, None, None, :]
         # Not (h - mean) * factor: the compiler would store the difference, having it twice.
         h = h * factor + (bias.astype(exact)[None, None, None, :] - mean * factor)
         return h.astype(self.dtype)
