@@ -76,7 +76,7 @@ def test_fingerprint_follows_the_content(digits):
 
 @pytest.mark.parametrize("name", ["cifar", "", "Digits", "folders:digits"])
 def test_unknown_name_lists_the_known_ones(name):
-    with pytest.raises(InputError, match=r"known: digits, folder, .*tfds"):
+    with pytest.raises(InputError, match=r"known: captions, digit_captions, digits, .*tfds"):
         data.open_source(name)
 
 

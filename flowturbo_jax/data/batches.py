@@ -41,10 +41,11 @@ def batches(
       A grain data set of numpy arrays that no accelerator has touched. Batch `step` is `{"data":
       [B / n, H, W, C] float32, "label": [B / n] int32, "unreadable": [B / n] int32}`, the last
       being -1, or the index of an example that could not be read and that its next readable
-      neighbour stands in for.
+      neighbour stands in for. Labels have further axes where `source.label` says so.
 
     Raises:
-      InputError: the batch size is below 1, the seed negative, or the source empty.
+      InputError: the batch size is below 1, the seed negative, or the source empty or with captions
+        that are not tokenised.
     """
     size = _part_size(batch_size, part)
     return _examples(source, seed, flip)[part[0] :: part[1]].batch(size)
@@ -151,6 +152,8 @@ def _examples(source: DataSource, seed: int, flip: bool) -> "grain.MapDataset":
 
     if seed < 0:
         raise InputError(f"seed must not be negative, got {seed}.")
+    if source.captioned:
+        raise InputError(f"{source.name} has captions; only text models train on it")
     if len(source.examples) == 0:
         raise InputError(f"data set {source.name!r} is empty, there is nothing to batch.")
     examples = grain.MapDataset.source(_Readable(source)).shuffle(_order_seed(seed)).repeat()

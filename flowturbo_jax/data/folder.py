@@ -56,7 +56,7 @@ def open_folder(argument: str, image_size: int) -> DataSource:
     digest = hashlib.sha256(f"folder, centre crop {image_size}\0".encode())
     files = {}
     for folder in folders:
-        found = sorted(_images(root, folder))
+        found = sorted(image_files(root, folder))
         files[folder] = b"".join(file + b"\0" for file, _ in found)
         digest.update(folder + b"\0%d\0" % len(found))
         digest.update(b"".join(b"%s\0%d\0" % pair for pair in found))
@@ -87,9 +87,9 @@ def open_images(argument: str, image_size: int) -> DataSource:
     name, root = f"images:{argument}", os.fsencode(os.path.expanduser(argument))
     if not root:
         raise InputError("'images:' needs the name of a folder, such as images:samples.")
-    found = sorted(_images(root, b""))
+    found = sorted(image_files(root, b""))
     if not found:
-        raise InputError(f"{_shown(root)} holds no images ({LISTED})")
+        raise InputError(f"{printable(root)} holds no images ({LISTED})")
     digest = hashlib.sha256(f"images, centre crop {image_size}\0".encode())
     digest.update(b"".join(b"%s\0%d\0" % pair for pair in found))
     examples = FolderExamples(root, {b"": b"".join(file + b"\0" for file, _ in found)}, image_size)
@@ -131,13 +131,13 @@ class FolderExamples:
         data = pixels.decode(_read(path), self._image_size)
         if self.shape is not None and data.shape != self.shape:
             raise InputError(
-                f"{_shown(path)} is {data.shape[1]} x {data.shape[0]}, but the first image is "
+                f"{printable(path)} is {data.shape[1]} x {data.shape[0]}, but the first image is "
                 f"{self.shape[1]} x {self.shape[0]}; crop all to one size with --image-size"
             )
         return {"data": data, "label": np.asarray(label, np.int32)}
 
     def name(self, index: int) -> str:
-        return _shown(self._find(index)[1])
+        return printable(self._find(index)[1])
 
     def _find(self, index: int) -> tuple[int, bytes]:
         """The label and the path of an example."""
@@ -159,22 +159,22 @@ def _classes(root: bytes) -> list[bytes]:
             folders.append(entry.name)
         elif _is_image(entry.name):
             raise InputError(
-                f"{_shown(root)} holds images itself, such as {_shown(entry.name)}; "
+                f"{printable(root)} holds images itself, such as {printable(entry.name)}; "
                 "move them into sub-folders, one for each class"
             )
     if not folders:
-        raise InputError(f"{_shown(root)} has no sub-folders; it needs one for each class")
+        raise InputError(f"{printable(root)} has no sub-folders; it needs one for each class")
     if len(folders) > 1 and SPLITS.issuperset(folders):
         one = next((name for name in folders if name == b"train"), folders[0])
         raise InputError(
-            f"the sub-folders of {_shown(root)} are splits and no classes; "
-            f"open one of them, such as folder:{_shown(os.path.join(root, one))}"
+            f"the sub-folders of {printable(root)} are splits and no classes; "
+            f"open one of them, such as folder:{printable(os.path.join(root, one))}"
         )
     for folder in folders:
         try:
             folder.decode()
         except UnicodeDecodeError as error:
-            shown = _shown(os.path.join(root, folder))
+            shown = printable(os.path.join(root, folder))
             raise InputError(f"the name of {shown} is not UTF-8 text; rename it") from error
     return sorted(folders)
 
@@ -182,16 +182,16 @@ def _classes(root: bytes) -> list[bytes]:
 def _refuse_empty(root: bytes, files: Mapping[bytes, bytes]) -> None:
     empty = [folder for folder, names in files.items() if not names]
     if len(empty) == len(files):
-        raise InputError(f"no sub-folder of {_shown(root)} holds images ({LISTED})")
+        raise InputError(f"no sub-folder of {printable(root)} holds images ({LISTED})")
     if empty:
-        shown = _shown(os.path.join(root, empty[0]))
+        shown = printable(os.path.join(root, empty[0]))
         raise InputError(f"{shown} holds no images ({LISTED}); add some, or remove the folder")
 
 
-def _images(root: bytes, folder: bytes) -> Iterator[tuple[bytes, int]]:
+def image_files(root: bytes, folder: bytes) -> Iterator[tuple[bytes, int]]:
     """The name, relative to a sub-folder or to the root, and the size of every image file below."""
     above = frozenset({_identity(root)} if folder else ())
-    pending = [(os.path.join(root, folder), b"", above)]
+    pending = [(os.path.join(root, folder) if folder else root, b"", above)]
     while pending:
         path, prefix, above = pending.pop()
         identity = _identity(path)
@@ -223,17 +223,17 @@ def _refused(folder: bytes) -> Iterator[None]:
     try:
         yield
     except FileNotFoundError as error:
-        raise InputError(f"there is no folder {_shown(folder)}; check the name") from error
+        raise InputError(f"there is no folder {printable(folder)}; check the name") from error
     except NotADirectoryError as error:
         raise InputError(
-            f"{_shown(folder)} is a file; give the folder that has a sub-folder for each class"
+            f"{printable(folder)} is a file; give the folder that has a sub-folder for each class"
         ) from error
     except OSError as error:
         raise InputError(
-            f"cannot list {_shown(folder)}: {error.strerror}; check who may read it"
+            f"cannot list {printable(folder)}: {error.strerror}; check who may read it"
         ) from error
     except ValueError as error:  # a zero byte
-        raise InputError(f"no folder can be called {_shown(folder)}") from error
+        raise InputError(f"no folder can be called {printable(folder)}") from error
 
 
 def _is_folder(entry: "os.DirEntry[bytes]") -> bool:
@@ -261,11 +261,11 @@ def _read(path: bytes) -> bytes:
                 raise UnreadableError(f"it has more than {MAX_FILE} bytes, too many for an image")
             return file.read()
     except (InputError, OSError) as error:
-        refuse_failing_machine(_shown(path), error)
+        refuse_failing_machine(printable(path), error)
         raise UnreadableError(str(error)) from error
 
 
-def _shown(path: bytes) -> str:
+def printable(path: bytes | str) -> str:
     """The path as text that can be printed on one line."""
     text = os.fsdecode(path)
     return text if text.isprintable() else ascii(text)

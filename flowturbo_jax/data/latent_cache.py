@@ -5,6 +5,7 @@
   vae/, vae.sha256                     the autoencoder, and its files' checksums (sha256sum -c)
 
 `latent_writer` makes it; until all shards are there, unfinished.json stands for manifest.json.
+Shards of captioned data hold text states too, whose encoder the manifest names by its fingerprint.
 """
 
 import hashlib

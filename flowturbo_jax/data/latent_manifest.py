@@ -3,13 +3,22 @@
 import dataclasses
 import hashlib
 import json
-import re
+import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
+from flowturbo_jax.data.manifest_fields import (
+    check_counts,
+    check_digest,
+    check_keys,
+    check_names,
+    check_texts,
+    nested,
+    plain,
+)
 from flowturbo_jax.interfaces import InputError
 from flowturbo_jax.model_directory import DTYPES
 from flowturbo_jax.models import VAEConfig
@@ -18,7 +27,7 @@ FORMAT = 1
 MAX_SHARDS = 10_000  # with more, the manifest would be too large a JSON file to be read
 MOMENTS_DTYPES = {"float16": np.dtype("<f2"), "float32": np.dtype("<f4")}
 LABEL = np.dtype("<i4")
-SHA256 = re.compile(r"[0-9a-f]{64}")
+STATES = np.dtype("<f2")  # of text states
 ARGUMENTS = {
     "image_size": "--image-size",
     "vae_fingerprint": "the fingerprint of --vae",
@@ -26,6 +35,12 @@ ARGUMENTS = {
     "moments_dtype": "--moments",
     "shard_size": "--shard-size",
     "batch_size": "--batch-size",
+}
+TEXT_ARGUMENTS = {
+    "fingerprint": "the fingerprint of --text-encoder",
+    "captions": "--captions-per-image",
+    "length": "the number of token ids of a caption",
+    "width": "the width of text states",
 }
 
 
@@ -48,10 +63,39 @@ class Shard:
     unreadable: tuple[str, ...] = ()
 
     def __post_init__(self):
-        _check_texts(self, ("file",))
-        _check_digest(self, "sha256")
-        _check_names(self, "unreadable")
-        _check_counts(self, ("count", "bytes"), least=0)
+        check_texts(self, ("file",))
+        check_digest(self, "sha256")
+        check_names(self, "unreadable")
+        check_counts(self, ("count", "bytes"), least=0)
+
+
+@dataclasses.dataclass(frozen=True)
+class TextStates:
+    """The text states that are stored with each image, of captioned data.
+
+    Attributes:
+      length: L, token ids of a caption.
+      width: D, of a state.
+      captions: K, how many captions of each image.
+      fingerprint: of text encoder and tokenizer, `model_directory.text_fingerprint`.
+      samples: some captions, to sample pictures of.
+    """
+
+    length: int
+    width: int
+    captions: int
+    fingerprint: str
+    samples: tuple[str, ...] = ()
+
+    def __post_init__(self):
+        check_counts(self, ("length", "width", "captions"), least=1)
+        check_digest(self, "fingerprint")
+        check_names(self, "samples")
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """`(K, L, D)` of one image's states."""
+        return (self.captions, self.length, self.width)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,17 +108,18 @@ class Manifest:
     Attributes:
       source: name of the data set, such as "folder:imagenet/train".
       source_fingerprint: its fingerprint.
-      class_names: name of each label.
+      class_names: name of each label; () of captioned data.
       images: how many images the source has, unreadable ones included.
       image_size: side of the square images, in pixels.
       crop: how images were cropped to that size: "adm", or "none" where the source has that size.
       vae: config of the autoencoder.
       vae_fingerprint: of its parameters, `model_directory.fingerprint`.
-      vae_dtype: of its matrix products, "float32" or "bfloat16".
+      vae_dtype: of its matrix products, and of the text encoder's, "float32" or "bfloat16".
       moments_dtype: as stored, "float16" or "float32".
       shard_size: images of the source in each shard; the last one has the rest.
       batch_size: how many are encoded at once, which may change the last bits.
       shards: those that are finished, in order; all of them in manifest.json.
+      text: the text states that are stored too, or None; manifest.json is silent on None.
       directory: where the cache is; not stored.
     """
 
@@ -91,13 +136,14 @@ class Manifest:
     shard_size: int
     batch_size: int
     shards: tuple[Shard, ...] = ()
+    text: TextStates | None = None
     directory: Path = dataclasses.field(default=Path(), compare=False)
 
     def __post_init__(self):
-        _check_texts(self, ("source", "source_fingerprint", "crop"))
-        _check_digest(self, "vae_fingerprint")
-        _check_names(self, "class_names")
-        _check_counts(self, ("images", "image_size", "shard_size", "batch_size"), least=1)
+        check_texts(self, ("source", "source_fingerprint", "crop"))
+        check_digest(self, "vae_fingerprint")
+        check_names(self, "class_names")
+        check_counts(self, ("images", "image_size", "shard_size", "batch_size"), least=1)
         for name, known in (("vae_dtype", DTYPES), ("moments_dtype", MOMENTS_DTYPES)):
             if getattr(self, name) not in tuple(known):  # which may be of any type
                 raise InputError(f"{name} is {getattr(self, name)!r}, not {' or '.join(known)}")
@@ -157,13 +203,17 @@ class Manifest:
     def record_bytes(self) -> int:
         """Size of one image's record."""
         itemsize = MOMENTS_DTYPES[self.moments_dtype].itemsize
-        return LABEL.itemsize + itemsize * int(np.prod(self.moments_shape))
+        states = 0 if self.text is None else STATES.itemsize * math.prod(self.text.shape)
+        return LABEL.itemsize + itemsize * math.prod(self.moments_shape) + states
 
     @property
     def fingerprint(self) -> str:
-        """sha256 over the shards' checksums and counts and the VAE's fingerprint."""
+        """sha256 over the shards' checksums and counts and the networks' fingerprints."""
         lines = [f"{shard.sha256} {shard.count}" for shard in self.shards]
-        return hashlib.sha256("\n".join([*lines, self.vae_fingerprint]).encode()).hexdigest()
+        lines.append(self.vae_fingerprint)
+        if self.text is not None:
+            lines.append(self.text.fingerprint)
+        return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
     def shard_file(self, number: int) -> str:
         """Name of a shard's file."""
@@ -182,6 +232,10 @@ class Manifest:
             "vae": dataclasses.asdict(self.vae),
             "shards": [dataclasses.asdict(shard) for shard in self.shards],
         }
+        if self.text is None:
+            del fields["text"]
+        else:
+            fields["text"] = dataclasses.asdict(self.text)
         text = json.dumps({"format": FORMAT, **fields, **self._derived()}, indent=1)
         digest = hashlib.sha256(text.encode()).hexdigest()
         return text.removesuffix("\n}") + f',\n "sha256": "{digest}"\n}}\n'
@@ -199,23 +253,43 @@ class Manifest:
         """
         if type(fields.get("format")) is not int or fields["format"] != FORMAT:
             raise InputError(f"it is not of format {FORMAT}, which this version reads")
-        own = {field.name for field in dataclasses.fields(cls)} - {"directory"}
-        _check_keys(fields, {"format", "sha256", "latent_shape", "count", *own})
-        values = {name: _plain(fields[name]) for name in own}
-        values["vae"] = _nested(VAEConfig, fields["vae"], "vae")
+        own = {field.name for field in dataclasses.fields(cls)} - {"directory", "text"}
+        own |= {"text"} & fields.keys()
+        check_keys(fields, {"format", "sha256", "latent_shape", "count", *own})
+        values = {name: plain(fields[name]) for name in own}
+        values["vae"] = nested(VAEConfig, fields["vae"], "vae")
         if isinstance(values["shards"], tuple):
-            values["shards"] = tuple(_nested(Shard, s, "a shard") for s in values["shards"])
+            values["shards"] = tuple(nested(Shard, s, "a shard") for s in values["shards"])
+        if "text" in fields:
+            values["text"] = nested(TextStates, fields["text"], "text")
         return cls(**values, directory=directory)
 
 
-def pack(manifest: Manifest, label: int, moments: np.ndarray) -> bytes:
-    """One image's record: its label, then moments `[2, h, w, 2c]`, both little-endian."""
+class Record(NamedTuple):
+    """What is stored of one image.
+
+    Attributes:
+      label: `[]` int32, of its class; 0 of captioned data.
+      moments: `[2, h, w, 2c]`, its own and its mirror image's; read-only.
+      states: text states `[K, L, D]` float16 of its captions, read-only; None of other data.
+    """
+
+    label: np.ndarray
+    moments: np.ndarray
+    states: np.ndarray | None
+
+
+def pack(
+    manifest: Manifest, label: int, moments: np.ndarray, states: np.ndarray | None = None
+) -> bytes:
+    """One image's record: label, moments `[2, h, w, 2c]`, states `[K, L, D]`; little-endian."""
     stored = np.asarray(moments, MOMENTS_DTYPES[manifest.moments_dtype])
-    return np.asarray(label, LABEL).tobytes() + stored.tobytes()
+    texts = b"" if states is None else np.asarray(states, STATES).tobytes()
+    return np.asarray(label, LABEL).tobytes() + stored.tobytes() + texts
 
 
-def unpack(manifest: Manifest, record: bytes) -> tuple[np.ndarray, np.ndarray]:
-    """The label `[]` int32 and moments `[2, h, w, 2c]`, read-only, of a record.
+def unpack(manifest: Manifest, record: bytes) -> Record:
+    """What a record holds.
 
     Raises:
       ValueError: the record has another size, or its label is of no class.
@@ -223,58 +297,15 @@ def unpack(manifest: Manifest, record: bytes) -> tuple[np.ndarray, np.ndarray]:
     if len(record) != manifest.record_bytes:
         raise ValueError(f"the record has {len(record)} bytes, not {manifest.record_bytes}")
     label = np.frombuffer(record, LABEL, 1).astype(np.int32).reshape(())
-    if not 0 <= label < len(manifest.class_names):
-        raise ValueError(f"the label is {label}, of {len(manifest.class_names)} classes")
-    stored = MOMENTS_DTYPES[manifest.moments_dtype]
-    moments = np.frombuffer(record, stored, offset=LABEL.itemsize)
-    return label, moments.reshape(manifest.moments_shape)
-
-
-def _plain(value: Any) -> Any:
-    """A value of JSON as our dataclasses hold it."""
-    return tuple(value) if isinstance(value, list) else value
-
-
-def _nested(kind: Any, value: Any, name: str) -> Any:
-    if not isinstance(value, dict):
-        raise InputError(f"{name} must be an object")
-    try:
-        _check_keys(value, {field.name for field in dataclasses.fields(kind)})
-        return kind(**{key: _plain(item) for key, item in value.items()})
-    except (InputError, TypeError) as error:
-        raise InputError(f"{name}: {error}") from error
-
-
-def _check_keys(fields: Mapping[str, Any], known: set[str]) -> None:
-    missing, unknown = sorted(known - fields.keys()), sorted(fields.keys() - known)
-    if missing or unknown:
-        raise InputError(f"it has the wrong keys: missing {missing}, unknown {unknown!r:.200}")
-
-
-def _check_texts(owner: Any, names: tuple[str, ...]) -> None:
-    for name in names:
-        value = getattr(owner, name)
-        if not isinstance(value, str) or not value:
-            raise InputError(f"{name} is {value!r:.99}; it must be a text")
-
-
-def _check_digest(owner: Any, name: str) -> None:
-    value = getattr(owner, name)
-    if not isinstance(value, str) or not SHA256.fullmatch(value):
-        raise InputError(f"{name} is {value!r:.99}; it must have 64 hexadecimal digits")
-
-
-def _check_names(owner: Any, name: str) -> None:
-    value = getattr(owner, name)
-    if not isinstance(value, tuple) or not all(isinstance(item, str) for item in value):
-        raise InputError(f"{name} must be a list of names")
-
-
-def _check_counts(owner: Any, names: tuple[str, ...], least: int) -> None:
-    for name in names:
-        value = getattr(owner, name)
-        if type(value) is not int or value < least:
-            raise InputError(f"{name} is {value!r:.99}; it must be a whole number from {least} on")
+    text, classes = manifest.text, len(manifest.class_names)
+    if not 0 <= label < (classes if text is None else 1):
+        raise ValueError(f"the label is {label}, of {classes} classes")
+    stored, count = MOMENTS_DTYPES[manifest.moments_dtype], math.prod(manifest.moments_shape)
+    moments = np.frombuffer(record, stored, count, LABEL.itemsize).reshape(manifest.moments_shape)
+    if text is None:
+        return Record(label, moments, None)
+    states = np.frombuffer(record, STATES, offset=LABEL.itemsize + moments.nbytes)
+    return Record(label, moments, states.reshape(text.shape))
 
 
 def differences(begun: Manifest, plan: Manifest) -> list[str]:
@@ -293,9 +324,11 @@ def _settings(manifest: Manifest) -> dict[str, str]:
         ARGUMENTS.get(field.name, field.name): str(getattr(manifest, field.name))
         for field in dataclasses.fields(manifest)
         # The same images may lie elsewhere by now.
-        if field.name not in ("source", "source_fingerprint", "vae", "shards", "directory")
+        if field.name not in ("source", "source_fingerprint", "vae", "shards", "text", "directory")
     }
     for name, value in dataclasses.asdict(manifest.vae).items():
         settings[f"the VAE's {name}"] = str(value)
+    for name, shown in TEXT_ARGUMENTS.items():
+        settings[shown] = str(getattr(manifest.text, name, "none"))
     settings["the fingerprint of --data"] = manifest.source_fingerprint
     return settings

@@ -126,9 +126,15 @@ class ShardDraft:
         with _disk_errors(manifest.directory):
             self._writer = ArrayRecordWriter(str(self.path), RECORD_OPTIONS)
 
-    def add(self, label: int, moments: np.ndarray) -> None:
-        """Adds an image's moments `[2, h, w, 2c]`, its own and its mirror image's."""
-        record = pack(self._manifest, label, moments)
+    def add(self, label: int, moments: np.ndarray, states: np.ndarray | None = None) -> None:
+        """Adds an image.
+
+        Args:
+          label: of its class; 0 of captioned data.
+          moments: `[2, h, w, 2c]`, its own and its mirror image's.
+          states: text states `[K, L, D]` of captioned data.
+        """
+        record = pack(self._manifest, label, moments, states)
         with _disk_errors(self._manifest.directory):
             self._writer.write(record)
         self._count += 1

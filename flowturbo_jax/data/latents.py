@@ -1,6 +1,7 @@
 """Cached latents as a data set: "latents:DIR", made by `python -m flowturbo_jax encode`."""
 
 import bisect
+import dataclasses
 import itertools
 import threading
 from collections import OrderedDict
@@ -11,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from flowturbo_jax.data.latent_cache import read_manifest
-from flowturbo_jax.data.latent_manifest import Manifest, unpack
+from flowturbo_jax.data.latent_manifest import STATES, Manifest, unpack
 from flowturbo_jax.data.source import (
     DataSource,
     Example,
@@ -36,9 +37,10 @@ def open_latents(argument: str, image_size: int) -> DataSource:
 
     Returns:
       Latents `[h, w, c]` float32, scaled as the autoencoder's config says, drawn anew each time
-      from the encoder's moments of an image (or, if flipped, of its mirror image). `latents` is
-      the cache's manifest. The fingerprint is a sha256 over the shards' checksums and counts and
-      the autoencoder's fingerprint.
+      from the encoder's moments of an image (or, if flipped, of its mirror image). Where captions
+      were encoded too, the label is the text states `[L, D]` float16 of one of them, drawn as
+      well. `latents` is the cache's manifest. The fingerprint is a sha256 over the shards'
+      checksums and counts and the networks' fingerprints.
 
     Raises:
       InputError: the folder is missing, not finished, damaged, of another image size, or empty.
@@ -52,16 +54,18 @@ def open_latents(argument: str, image_size: int) -> DataSource:
             f"{image_size}; leave image_size out, or encode the images again"
         )
     _check_sizes(manifest)
-    draw = partial(draw_latents, manifest.vae)
-    return DataSource(
+    source = DataSource(
         f"latents:{argument}",
         LatentExamples(manifest),
         manifest.latent_shape,
         manifest.class_names,
         manifest.fingerprint,
-        draw,
+        partial(draw_latents, manifest.vae),
         manifest,
     )
+    if manifest.text is None:
+        return source
+    return dataclasses.replace(source, label=(manifest.text.shape[1:], STATES.name))
 
 
 def draw_latents(
@@ -73,22 +77,29 @@ def draw_latents(
 
     Args:
       vae: config of the autoencoder.
-      example: `{"moments": [2, h, w, 2c], "label": []}`.
-      generator: where the noise, standard normal, comes from.
+      example: `{"moments": [2, h, w, 2c]}`, and `"label": []` or `"states": [K, L, D]`.
+      generator: where the noise, standard normal, and the choice of a caption come from.
       flip: take the mirror image in half of the cases.
 
     Returns:
-      `{"data": [h, w, c] float32, "label": [] int32}`.
+      `{"data": [h, w, c] float32, "label": [] int32}`, the label being `[L, D]` float16 where there
+      are states.
     """
     mirrored = int(flip and generator.random() < 0.5)
     mean, logvar = np.split(example["moments"][mirrored].astype(np.float32), 2, axis=-1)
     noise = generator.standard_normal(mean.shape, np.float32)
     z = mean + np.exp(logvar / 2) * noise
-    return {"data": (z - vae.shift_factor) * vae.scaling_factor, "label": example["label"]}
+    data = (z - vae.shift_factor) * vae.scaling_factor
+    if "states" not in example:
+        return {"data": data, "label": example["label"]}
+    states = example["states"]
+    return {"data": data, "label": states[generator.integers(len(states))]}
 
 
 class LatentExamples:
     """The moments of every image by index: `{"moments": [2, h, w, 2c], "label": [] int32}`.
+
+    In place of labels, caches of captioned data have text states, `"states": [K, L, D]` float16.
 
     Args:
       manifest: of a cache that is finished.
@@ -111,12 +122,12 @@ class LatentExamples:
         number, position = self._find(index)
         try:
             record = self._reader(number).read([position])[0]
-            label, moments = unpack(self._manifest, record)
+            label, moments, states = unpack(self._manifest, record)
         except (RuntimeError, ValueError, OSError) as error:  # array_record raises the first
             refuse_failing_machine(self.name(index), error)
             reason = " ".join(str(error).split())
             raise UnreadableError(f"the shard is damaged or missing ({reason:.200})") from error
-        return {"moments": moments, "label": label}
+        return {"moments": moments} | ({"label": label} if states is None else {"states": states})
 
     def name(self, index: int) -> str:
         number, position = self._find(index)

@@ -15,6 +15,9 @@ from flowturbo_jax.interfaces import InputError
 # As stored: {"label": [] int32} and either {"data": [H, W, C] float32 in [-1, 1]} or whatever the
 # source's `draw` makes such data of.
 Example = dict[str, np.ndarray]
+# As a captioned source stores it: {"data": [H, W, C] float32 in [-1, 1], "captions": one text or
+# more}.
+CaptionedExample = dict[str, np.ndarray | tuple[str, ...]]
 Draw = Callable[[Example, np.random.Generator, bool], Example]
 
 
@@ -69,6 +72,25 @@ class Examples(Protocol):
         ...
 
 
+@runtime_checkable
+class CaptionedExamples(Protocol):
+    """Examples by index that have captions in place of labels; safe to read as `Examples` are."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> CaptionedExample:
+        """Reads example `index`; raises UnreadableError if that one cannot be read."""
+        ...
+
+    def name(self, index: int) -> str:
+        """What a user would look for, such as the file's path."""
+        ...
+
+    def captions(self, index: int) -> tuple[str, ...]:
+        """The captions of example `index`, whose image is not decoded; raises UnreadableError."""
+        ...
+
+
 @dataclass(frozen=True)
 class DataSource:
     """A data set the library can train on and compare with.
@@ -76,23 +98,29 @@ class DataSource:
     Attributes:
       name: the name it was opened under, e.g. "digits".
       examples: by index, `{"data": [H, W, C] float32 in [-1, 1], "label": [] int32}`, unless `draw`
-        is given.
+        is given; or, if `captioned`, `{"data", "captions"}`, the latter a tuple of texts.
       shape: `(H, W, C)` of every training example's data.
-      class_names: the name of label 0, 1, ...
+      class_names: the name of label 0, 1, ...; () where there are captions.
       fingerprint: in hexadecimal; equal only for equal data. In-memory sources take all content,
         others what their opener says.
       draw: `(example, generator, flip) -> {"data", "label"}`, what is random in turning a stored
         example into one to train on; None where only the flip is.
       latents: what made the latents (a `latent_cache.Manifest`); None where data are pixels.
+      label: shape and dtype of a training example's label; of captions, after
+        `captions.tokenised`, that of one caption's token ids.
+      captioned: examples have `captions`, a tuple of texts, in place of `label`; to train on them,
+        make token ids of those by `captions.tokenised`.
     """
 
     name: str
-    examples: Examples
+    examples: Examples | CaptionedExamples
     shape: tuple[int, int, int]
     class_names: tuple[str, ...]
     fingerprint: str
     draw: Draw | None = None
     latents: Any = None
+    label: tuple[tuple[int, ...], str] = ((), "int32")
+    captioned: bool = False
 
 
 class ArrayExamples:
