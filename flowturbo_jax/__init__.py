@@ -4,6 +4,7 @@ from flowturbo_jax import metrics
 from flowturbo_jax.interfaces import Flow, InputError, State
 from flowturbo_jax.pipelines.class_to_image import ClassToImage
 from flowturbo_jax.pipelines.program_cache import enable as cache_programs
+from flowturbo_jax.pipelines.text_to_image import TextToImage
 from flowturbo_jax.sampler import integrate, sample
 from flowturbo_jax.schedule import Schedule
 
@@ -13,6 +14,7 @@ __all__ = [
     "InputError",
     "Schedule",
     "State",
+    "TextToImage",
     "cache_programs",
     "integrate",
     "metrics",

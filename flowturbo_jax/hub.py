@@ -1,7 +1,7 @@
 """Files named by a local path or an `hf://` reference, downloaded to the Hugging Face cache."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 from urllib.parse import quote, unquote
@@ -107,6 +107,38 @@ def fetch_folder(
         if file.name.endswith(INDEX):
             for shard in read_index(file):
                 downloads.file(_inside(folder, shard))
+    return local
+
+
+def fetch_parts(
+    reference: str | Path,
+    first: str,
+    parts: Mapping[str, Sequence[str | Sequence[str]]],
+    *,
+    endpoint: str | None = None,
+    cache_dir: str | Path | None = None,
+) -> Path:
+    """The local path of a folder of folders, such as a whole pipeline's, all of one commit.
+
+    Args:
+      reference: as in `fetch_folder`.
+      first: a file in the folder itself, such as "model_index.json".
+      parts: the wanted files of each sub-folder, as the `names` of `fetch_folder`.
+      endpoint: as in `fetch`.
+      cache_dir: as in `fetch`.
+
+    Raises:
+      InputError: as `fetch_folder`.
+    """
+    local = fetch_folder(reference, (first,), endpoint=endpoint, cache_dir=cache_dir)
+    place = _parse(reference)
+    if place is None:
+        return local
+    commit = local.parents[len(PurePosixPath(place.path).parts) - 1] if place.path else local
+    for part, names in parts.items():
+        path = f"{place.path}/{part}" if place.path else part
+        inside = str(place._replace(revision=commit.name, path=path))
+        fetch_folder(inside, names, endpoint=endpoint, cache_dir=cache_dir)
     return local
 
 

@@ -11,6 +11,7 @@ Velocity = Float[Array, "batch *point"]  # dx/dt toward data, shaped like the po
 Time = Float[Array, ""]  # flow time: 0 = noise, 1 = data
 BatchTime = Float[Array, " batch"]  # one flow time per sample
 Labels = Int[Array, " batch"]
+Rows = Int[Array, "batch *row"]  # labels [B], or token ids of text and negative text [B, 2, L]
 Images = Float[Array, "batch height width channels"]  # pixels in [-1, 1]
 ImageBytes = UInt8[Array, "batch height width channels"]
 Condition = PyTree[Any]  # labels or text states, batch first

@@ -8,7 +8,7 @@ from typing import Any
 
 from flowturbo_jax.guidance import MODES, check_interval
 from flowturbo_jax.interfaces import InputError
-from flowturbo_jax.models import VAEConfig, family
+from flowturbo_jax.models import CLIPTextConfig, VAEConfig, family
 from flowturbo_jax.schedule import Schedule
 
 FORMAT = 1
@@ -55,6 +55,8 @@ class Description:
         are read.
       vae: config of the autoencoder behind the latents; None where the latents are pixels.
       schedules: the presets that `tune` found, by name.
+      text_encoder: config of what turns token ids into the states that a predictor of text takes;
+        None for one of classes.
     """
 
     family: str
@@ -68,11 +70,12 @@ class Description:
     files_sha256: Mapping[str, str] = dataclasses.field(default_factory=dict)
     vae: VAEConfig | None = None
     schedules: Mapping[str, Preset] = dataclasses.field(default_factory=dict)
+    text_encoder: CLIPTextConfig | None = None
 
     def __post_init__(self):
         if self.guidance not in MODES:
             raise InputError(f"guidance is {self.guidance!r}; it must be one of {', '.join(MODES)}")
-        if self.guidance != "none" and self.predictor.null_label is None:
+        if self.guidance != "none" and not self.can_guide:
             raise InputError(f"guidance is {self.guidance!r}, but the predictor has no null class")
         scale, channels = self.guidance_scale, self.guided_channels
         if (
@@ -100,19 +103,38 @@ class Description:
                 f"{self.predictor.shape[-1]}; they are of different models"
             )
 
+        if (self.text_encoder is not None) != self.takes_text:
+            raise InputError("a text encoder belongs to a predictor of text, and to no other")
+        if self.takes_text and self.text_encoder.hidden_size != self.predictor.text_width:
+            raise InputError(
+                f"the text encoder gives states of width {self.text_encoder.hidden_size}, the "
+                f"predictor takes {self.predictor.text_width}; they are of different models"
+            )
+
     def _check_preset(self, name: str, preset: Preset) -> None:
         if name not in PRESET_NAMES:
             raise InputError(f"schedules has {name!r}; known are {', '.join(PRESET_NAMES)}")
-        if preset.guidance != "none" and self.predictor.null_label is None:
+        if preset.guidance != "none" and not self.can_guide:
             raise InputError(f"schedule {name!r} is guided, but the predictor has no null class")
         if Schedule.parse(preset.schedule).needs_refiner and self.refiner is None:
             raise InputError(f"schedule {name!r} refines, but there is no refiner")
 
     @property
     def networks(self) -> dict[str, Any]:
-        """The config of each network there is, by its name: predictor, refiner, vae."""
+        """The config of each network there is, by name: predictor, refiner, vae, text_encoder."""
         named = {"predictor": self.predictor, "refiner": self.refiner, "vae": self.vae}
+        named["text_encoder"] = self.text_encoder
         return {name: config for name, config in named.items() if config is not None}
+
+    @property
+    def takes_text(self) -> bool:
+        """Whether the condition is a text, not a class."""
+        return self.predictor.takes_text
+
+    @property
+    def can_guide(self) -> bool:
+        """Whether there is a condition that says nothing: a null class, or an empty text."""
+        return self.takes_text or self.predictor.null_label is not None
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
@@ -122,6 +144,33 @@ class Description:
             return (height, width, channels)
         factor = self.vae.downsampling
         return (height * factor, width * factor, self.vae.out_channels)
+
+    def resized(self, height: int, width: int) -> "Description":
+        """The same networks for images of another size.
+
+        Args:
+          height: of the images, in pixels.
+          width: likewise.
+
+        Raises:
+          InputError: the networks cannot make images of that size.
+        """
+        if not hasattr(self.predictor, "resized"):
+            raise InputError(f"models of the family {self.family!r} make images of one size")
+        step = self.size_step
+        if height < step or width < step or height % step or width % step:
+            raise InputError(
+                f"the image size is {height} x {width}; both sides must be multiples of {step}"
+            )
+        factor = 1 if self.vae is None else self.vae.downsampling
+        size = (height // factor, width // factor)
+        refiner = None if self.refiner is None else self.refiner.resized(*size)
+        return dataclasses.replace(self, predictor=self.predictor.resized(*size), refiner=refiner)
+
+    @property
+    def size_step(self) -> int:
+        """What the sides of images of a model of many sizes are multiples of, in pixels."""
+        return self.predictor.downsampling * (1 if self.vae is None else self.vae.downsampling)
 
     def to_json(self) -> str:
         """The text of model.json."""
@@ -144,11 +193,13 @@ class Description:
         names = {field.name for field in dataclasses.fields(cls)}
         fields.setdefault("vae", None)  # written before there was one
         fields.setdefault("schedules", {})  # likewise
+        fields.setdefault("text_encoder", None)  # likewise
         missing, unknown = sorted(names - fields.keys()), sorted(fields.keys() - names)
         if missing or unknown:
             raise InputError(f"model.json has the wrong keys: missing {missing}, unknown {unknown}")
         kind = family(str(fields["family"]))
         configs = {"predictor": kind.config, "refiner": kind.refiner_config, "vae": VAEConfig}
+        configs["text_encoder"] = CLIPTextConfig
         for network, config in configs.items():
             if network != "predictor" and fields[network] is None:
                 continue

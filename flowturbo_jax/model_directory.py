@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 import hashlib
-import json
 import os
 import shutil
 import tempfile
@@ -20,10 +19,13 @@ from flax import linen as nn
 from flowturbo_jax.checkpoint import load_params, remove_draft, save_params
 from flowturbo_jax.interfaces import InputError, Params
 from flowturbo_jax.model_description import Description, Preset
-from flowturbo_jax.models import VAE, family
+from flowturbo_jax.model_files import check_place, digest_of, replace
+from flowturbo_jax.models import VAE, CLIPText, family
 from flowturbo_jax.models.attention import for_device
+from flowturbo_jax.tokenizer import Tokenizer, check_fits
 
 SHIPPED = Path(__file__).parent / "pretrained"
+TOKENIZER = "tokenizer"  # the folder of its files
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
 
@@ -39,6 +41,9 @@ class Model:
       refiner_params: its parameters, or None.
       vae: the autoencoder behind the latents, or None where they are pixels.
       vae_params: its parameters, or None.
+      text_encoder: module `(ids) -> states` of a model that takes text, or None.
+      text_encoder_params: its parameters, or None.
+      tokenizer: what turns its texts into ids, or None.
     """
 
     description: Description
@@ -48,6 +53,9 @@ class Model:
     refiner_params: Params | None
     vae: VAE | None = None
     vae_params: Params | None = None
+    text_encoder: CLIPText | None = None
+    text_encoder_params: Params | None = None
+    tokenizer: Tokenizer | None = None
 
     @functools.cached_property
     def fingerprints(self) -> dict[str, str | None]:
@@ -57,6 +65,8 @@ class Model:
             "refiner": self.refiner_params,
             "vae": self.vae_params,
         }
+        if self.text_encoder is not None:
+            networks["text_encoder"] = self.text_encoder_params
         return {
             name: None if params is None else fingerprint(params)
             for name, params in networks.items()
@@ -125,13 +135,15 @@ def load(name: str | Path, dtype: str = "float32") -> Model:
     for network, module in modules(description, dtype, fast_attention=True).items():
         loaded[network] = module
         loaded[f"{network}_params"] = load_network(directory, network, module, description)
+    if description.takes_text:
+        loaded["tokenizer"] = load_tokenizer(directory, description)
     return Model(description, **loaded)
 
 
 def modules(
     description: Description, dtype: str = "float32", fast_attention: bool = False
 ) -> dict[str, nn.Module]:
-    """The modules of the networks there are, by name: predictor, refiner, vae.
+    """The modules of the networks there are, by name: predictor, refiner, vae, text_encoder.
 
     Args:
       description: which networks.
@@ -144,6 +156,7 @@ def modules(
     """
     kind = family(description.family)
     build = {"predictor": kind.predictor, "refiner": kind.refiner, "vae": VAE}
+    build["text_encoder"] = CLIPText
     options: dict[str, Any] = {"dtype": network_dtype(dtype)}
     built = {}
     for network, config in description.networks.items():
@@ -165,7 +178,7 @@ def load_network(
 
     Args:
       directory: of the model, as `resolve` gives it.
-      network: "predictor", "refiner" or "vae".
+      network: "predictor", "refiner", "vae" or "text_encoder".
       module: the one whose parameters they are; see `modules`.
       description: what model.json says.
 
@@ -174,7 +187,7 @@ def load_network(
     """
     place = directory / network
     config = getattr(description, network)
-    if place.is_dir() and _digest(place, config) != description.files_sha256.get(network):
+    if place.is_dir() and digest_of(place, config) != description.files_sha256.get(network):
         raise InputError(
             f"the {network} in {directory} is damaged or incomplete: its files and "
             "hyper-parameters do not have the sha256 that model.json names; restore a copy"
@@ -182,26 +195,24 @@ def load_network(
     return load_params(place, abstract_params(module))
 
 
-def _digest(directory: Path, config: Any) -> str:
-    """sha256 over hyper-parameters and over names and contents of a folder's files.
+def load_tokenizer(directory: Path, description: Description) -> Tokenizer:
+    """Loads the tokenizer of a model that takes text, after checking its files.
 
-    Hyper-parameters at their default do not count, so that a new one changes no old checksum.
+    Raises:
+      InputError: it is damaged, incomplete, or does not fit the text encoder.
     """
-    set_fields = {
-        field.name: getattr(config, field.name)
-        for field in dataclasses.fields(config)
-        if getattr(config, field.name) != field.default
-    }
-    digest = hashlib.sha256(json.dumps(set_fields, sort_keys=True).encode())
-    # Files that begin with a dot are the operating system's, such as .DS_Store.
-    files = [path for path in directory.rglob("[!.]*") if path.is_file()]
-    for path in sorted(files):
-        with path.open("rb") as file:
-            content = hashlib.file_digest(file, "sha256").hexdigest()
-        digest.update(f"{path.relative_to(directory).as_posix()} {content}\n".encode())
-    return digest.hexdigest()
+    place = directory / TOKENIZER
+    if digest_of(place, None) != description.files_sha256.get(TOKENIZER):
+        raise InputError(
+            f"the tokenizer in {directory} is damaged or incomplete: its files do not have the "
+            "sha256 that model.json names; restore a copy"
+        )
+    tokenizer = Tokenizer.from_folder(place)
+    check_fits(tokenizer, description.text_encoder)
+    return tokenizer
 
 
+@functools.lru_cache(maxsize=64)
 def abstract_params(module: nn.Module) -> Params:
     """Names, shapes and dtypes of a module's parameters, without computing them."""
     return jax.eval_shape(module.initialise, jax.random.key(0))
@@ -213,6 +224,8 @@ def save(
     predictor_params: Params,
     refiner_params: Params | None,
     vae_params: Params | None = None,
+    text_encoder_params: Params | None = None,
+    tokenizer: Tokenizer | None = None,
 ) -> None:
     """Writes a model directory whole or not at all; one that stands there is replaced.
 
@@ -222,18 +235,23 @@ def save(
       predictor_params: parameters of the predictor.
       refiner_params: parameters of the refiner, or None.
       vae_params: parameters of the autoencoder, or None.
+      text_encoder_params: parameters of the text encoder, or None.
+      tokenizer: of a model that takes text, or None.
 
     Raises:
       InputError: a network and its parameters do not come together, or the place holds something
         that is not a model directory.
     """
     networks = {"predictor": predictor_params, "refiner": refiner_params, "vae": vae_params}
+    networks["text_encoder"] = text_encoder_params
     networks = {network: params for network, params in networks.items() if params is not None}
     if networks.keys() != description.networks.keys():
         raise InputError(
             f"there are parameters of {', '.join(networks)}, but the description has "
             f"{', '.join(description.networks)}; each needs both"
         )
+    if (tokenizer is not None) != description.takes_text:
+        raise InputError("a tokenizer belongs to a model that takes text, and to no other")
     directory = Path(directory).absolute()
     check_place(directory)
     needed = sum(leaf.nbytes for leaf in jax.tree.leaves(networks))
@@ -249,11 +267,14 @@ def save(
         draft = Path(tempfile.mkdtemp(prefix=f".{directory.name}-", dir=directory.parent))
         for network, params in networks.items():
             save_params(draft / network, params)
-        sha256 = {name: _digest(draft / name, getattr(description, name)) for name in networks}
+        sha256 = {name: digest_of(draft / name, getattr(description, name)) for name in networks}
+        if tokenizer is not None:
+            tokenizer.save(draft / TOKENIZER)
+            sha256[TOKENIZER] = digest_of(draft / TOKENIZER, None)
         text = dataclasses.replace(description, files_sha256=sha256).to_json()
         (draft / "model.json").write_text(text)
         draft.chmod(0o755)  # mkdtemp makes it private
-        _replace(draft, directory)
+        replace(draft, directory)
     except InputError:
         raise
     except (OSError, ValueError) as error:  # Orbax reports a full disk as a ValueError
@@ -287,50 +308,6 @@ def write_schedules(directory: Path, schedules: Mapping[str, Preset]) -> None:
         ) from error
 
 
-def check_place(directory: Path) -> None:
-    """Refuses a place where `save` could not write.
-
-    Raises:
-      InputError: something else than a model directory stands there, or it cannot be made.
-    """
-    directory = Path(directory).absolute()
-    try:
-        if directory.exists():
-            if not (directory / "model.json").is_file():
-                raise InputError(
-                    f"{directory} exists and is no model directory; choose another place"
-                )
-        else:
-            os.lstat(directory)
-    except FileNotFoundError:
-        pass
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise InputError(f"cannot write {directory}: {reason}; choose another place") from error
-    parent = next(parent for parent in directory.parents if parent.exists())
-    try:
-        os.rmdir(tempfile.mkdtemp(dir=parent))
-    except OSError as error:
-        raise InputError(
-            f"cannot write {directory}: {error.strerror} in {parent}; choose another place"
-        ) from error
-
-
-def _replace(draft: Path, directory: Path) -> None:
-    """Puts the draft in the directory's place; what stood there comes back if that fails."""
-    if not directory.exists():
-        os.replace(draft, directory)
-        return
-    retired = draft.with_name(f"{draft.name}-old")
-    os.replace(directory, retired)
-    try:
-        os.replace(draft, directory)
-    except BaseException:
-        os.replace(retired, directory)
-        raise
-    shutil.rmtree(retired)
-
-
 def fingerprint(params: Params) -> str:
     """sha256 over names, shapes and float32 values of parameters, in hexadecimal."""
     digest = hashlib.sha256()
@@ -339,3 +316,13 @@ def fingerprint(params: Params) -> str:
         digest.update(f"{jax.tree_util.keystr(path)}{array.shape}".encode())
         digest.update(array.tobytes())
     return digest.hexdigest()
+
+
+def text_fingerprint(params: Params, tokenizer: Tokenizer) -> str:
+    """sha256 over all that text states depend on beside the text, in hexadecimal.
+
+    Args:
+      params: parameters of the text encoder.
+      tokenizer: what makes its ids.
+    """
+    return hashlib.sha256(f"{fingerprint(params)} {tokenizer.fingerprint}".encode()).hexdigest()

@@ -35,6 +35,7 @@ import jax  # noqa: E402  (after the environment is set)
 import jaxtyping  # noqa: E402
 from jax.experimental.compilation_cache import compilation_cache  # noqa: E402
 
+QUICKLY = "jax_disable_most_optimizations"
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_default_matmul_precision", "highest")
@@ -109,6 +110,30 @@ def compiled_programs_end_with_their_module() -> Iterator[None]:
     """
     yield
     jax.clear_caches()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compiled_quickly(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Compiles without most optimisations: in most tests that takes longer than what it makes.
+
+    Files marked slow run for long, so they compile as users do, and so do single tests marked slow
+    (`optimised_where_it_runs_long`). Results differ in rounding only.
+    """
+    marks = getattr(request.module, "pytestmark", [])
+    marks = marks if isinstance(marks, list) else [marks]
+    jax.config.update(QUICKLY, not any(mark.name in ("slow", "gpu") for mark in marks))
+    yield
+    jax.config.update(QUICKLY, False)
+
+
+@pytest.fixture(autouse=True)
+def optimised_where_it_runs_long(request: pytest.FixtureRequest) -> Iterator[None]:
+    """A single slow test compiles as users do."""
+    before = jax.config.values[QUICKLY]
+    if request.node.get_closest_marker("slow"):
+        jax.config.update(QUICKLY, False)
+    yield
+    jax.config.update(QUICKLY, before)
 
 
 @pytest.fixture(scope="module")

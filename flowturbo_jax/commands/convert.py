@@ -1,13 +1,15 @@
 """Turns published weights into a model directory, describes one, or exports its networks.
 
   convert --predictor SiT-XL-2-256x256.pt --refiner SiT-XL-2-Refiner.pt --vae vae-ema/ --out DIR
+  convert --pipeline 2-rectified-flow/ --out DIR
   convert --describe DIR
   convert --export DIR --network refiner --out refiner.safetensors
 
 Reads .safetensors, PyTorch's .pt, .pth and .bin (without PyTorch; nothing in them is executed) and
-diffusers folders. Every file is verified before anything is written. A reference may also be
-hf://owner/name/file. Of a training checkpoint the moving average (ema) is taken unless --weights
-says model; the official FlowTurbo code takes model.
+diffusers folders; a pipeline is one with unet/, vae/, text_encoder/ and tokenizer/. Every file is
+verified before anything is written. A reference may also be hf://owner/name/file. Of a training
+checkpoint the moving average (ema) is taken unless --weights says model; the official FlowTurbo
+code takes model.
 """
 
 import argparse
@@ -19,7 +21,7 @@ from flowturbo_jax.commands.entry import LineParser
 from flowturbo_jax.guidance import MODES
 from flowturbo_jax.interfaces import InputError
 from flowturbo_jax.model_description import Description
-from flowturbo_jax.pipelines import conversion, costs
+from flowturbo_jax.pipelines import conversion, costs, text_conversion
 
 
 def main(argv: Sequence[str]) -> None:
@@ -28,9 +30,11 @@ def main(argv: Sequence[str]) -> None:
     empty = [name for name, value in vars(args).items() if value == ""]
     if empty:
         raise InputError(f"--{empty[0].replace('_', '-')} is empty; give a value or leave it out")
-    jobs = [name for name in ("predictor", "describe", "export") if getattr(args, name)]
+    jobs = [name for name in JOBS if getattr(args, name)]
     if len(jobs) != 1:
-        raise InputError("give one of --predictor (to convert), --describe and --export")
+        raise InputError(
+            "give one of --predictor and --pipeline (to convert), --describe and --export"
+        )
     _refuse_unused(args, jobs[0])
     if jobs[0] == "describe":
         print(table(model_directory.describe(args.describe)))
@@ -46,9 +50,11 @@ def main(argv: Sequence[str]) -> None:
                 'its clock is reversed: to convert it again, give a {"reversed_time": true} config'
             )
         return
-    description = conversion.convert_model(
-        _sources(args), args.out, args.force, lambda line: print(entry.one_line(line))
-    )
+    how = (args.out, args.force, lambda line: print(entry.one_line(line)))
+    if jobs[0] == "pipeline":
+        description = text_conversion.convert_pipeline(_pipeline_sources(args), *how)
+    else:
+        description = conversion.convert_model(_sources(args), *how)
     print(table(description))
     print(f"wrote {args.out}{_hint(description, args.out)}")
 
@@ -57,6 +63,12 @@ def _hint(description: Description, out: str) -> str:
     """How to go on from what was converted."""
     if description.vae is None and description.image_shape[-1] not in (1, 3):
         return ""
+    if description.takes_text:
+        schedule = "" if description.refiner else " --config.schedule=H8"
+        return (
+            "; sample it with python sample.py --config=configs/rectified_flow_t2i.py "
+            f'--config.model_dir={out}{schedule} --config.prompt="..."'
+        )
     flags = ["--config=configs/sit_xl_2_256.py", f"--config.model_dir={out}"]
     if description.refiner is None:
         flags.append("--config.schedule=H2P6")
@@ -69,9 +81,11 @@ def _hint(description: Description, out: str) -> str:
     return f"; sample it with python sample.py {' '.join(flags)}"
 
 
+JOBS = ("predictor", "pipeline", "describe", "export")
+PIPELINE_ONLY = {"refiner", "vae", "guidance", "guidance_scale"}
 CONVERT_ONLY = {
-    "refiner": "weights of its refiner",
-    "vae": "folder of a diffusers AutoencoderKL",
+    "refiner": "weights of its refiner; of a pipeline's, the folder of a diffusers U-Net",
+    "vae": "folder of a diffusers AutoencoderKL; of a pipeline, in place of its own",
     "predictor_config": "JSON file of what shapes do not tell, such as num_heads",
     "refiner_config": "the same for the refiner",
     "size": "the published size the predictor must have, such as SiT-XL/2",
@@ -92,6 +106,7 @@ def _parser() -> LineParser:
     parser = LineParser(prog="python -m flowturbo_jax convert", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("--predictor", help="weights of a SiT")
+    parser.add_argument("--pipeline", help="folder of a diffusers text-to-image pipeline")
     for name, text in CONVERT_ONLY.items():
         flag = f"--{name.replace('_', '-')}"
         parser.add_argument(flag, help=text, type=NUMBERS.get(name, str))
@@ -102,7 +117,7 @@ def _parser() -> LineParser:
     )
     parser.add_argument("--describe", metavar="DIR", help="print what a model directory costs")
     parser.add_argument("--export", metavar="DIR", help="write one network under official names")
-    parser.add_argument("--network", help="which: predictor, refiner or vae")
+    parser.add_argument("--network", help="which: predictor, refiner, vae or text_encoder")
     parser.add_argument("--out", help="model directory, or the .safetensors file of --export")
     parser.add_argument("--force", action="store_true", help="replace what stands at --out")
     return parser
@@ -111,6 +126,7 @@ def _parser() -> LineParser:
 def _refuse_unused(args: argparse.Namespace, job: str) -> None:
     """Refuses arguments that the job would ignore."""
     used = {
+        "pipeline": {*PIPELINE_ONLY, "skip_direction_check", "out", "force"},
         "predictor": {*CONVERT_ONLY, "skip_direction_check", "out", "force"},
         "describe": set(),
         "export": {"network", "out", "force"},
@@ -118,10 +134,22 @@ def _refuse_unused(args: argparse.Namespace, job: str) -> None:
     for name, value in vars(args).items():
         given = value is not None and value is not False
         if given and name != job and name not in used:
-            flag, verb = name.replace("_", "-"), "convert" if job == "predictor" else job
+            verbs = {"predictor": "convert", "pipeline": "convert --pipeline"}
+            flag, verb = name.replace("_", "-"), verbs.get(job, job)
             raise InputError(f"--{flag} means nothing to {verb}; leave it out")
     if job == "export" and args.network is None:
-        raise InputError("--network is missing; it is predictor, refiner or vae")
+        raise InputError("--network is missing; it is predictor, refiner, vae or text_encoder")
+
+
+def _pipeline_sources(args: argparse.Namespace) -> text_conversion.PipelineSources:
+    return text_conversion.PipelineSources(
+        pipeline=args.pipeline,
+        refiner=args.refiner,
+        vae=args.vae,
+        guidance=args.guidance,
+        guidance_scale=args.guidance_scale,
+        check_direction=not args.skip_direction_check,
+    )
 
 
 def _sources(args: argparse.Namespace) -> conversion.Sources:
@@ -151,9 +179,11 @@ def table(description: Description) -> str:
     """What a model is and what its networks cost, as text."""
     height, width, channels = description.image_shape
     size = description.predictor.size_name or f"{description.family} of no published size"
+    classes = f"{description.predictor.num_classes} classes"
+    wanted = "of texts" if description.takes_text else classes
     lines = [
-        f"{size}: {height} x {width} x {channels} images, {description.predictor.num_classes} "
-        f"classes, guidance {description.guidance} at {description.guidance_scale:g}",
+        f"{size}: {height} x {width} x {channels} images, {wanted}, guidance "
+        f"{description.guidance} at {description.guidance_scale:g}",
         f"{'network':12s}{'parameters':>14s}{'per evaluation':>20s}",
     ]
     for cost in costs.network_costs(description):

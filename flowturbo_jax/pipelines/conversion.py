@@ -22,6 +22,7 @@ from flowturbo_jax.weights.tensor import Tensor
 
 OFFICIAL_CHANNELS = 3  # FlowTurbo models_assemble.py, forward_with_cfg: of 4 latent channels
 PAPER_SCALE = 1.5  # the FID tables
+KINDS = {"vae": "vae", "text_encoder": "clip"}  # of networks that are not of the model's family
 STABLE_DIFFUSION_FACTOR = 8  # image pixels per latent pixel, where no VAE says otherwise
 
 
@@ -62,7 +63,7 @@ class Sources:
     check_direction: bool = True
 
 
-class _Read(NamedTuple):
+class Read(NamedTuple):
     """One network's file, opened and understood; its tensors are still on disk."""
 
     config: Any
@@ -95,19 +96,31 @@ def convert_model(
     description = _describe(sources, networks)
     modules, params = model_directory.modules(description), {}
     for name, network in networks.items():
-        kind = "vae" if name == "vae" else description.family
-        try:
-            params[name] = convert.params_from_state(
-                kind, network.config, network.state, np.float32
-            )
-        except InputError as error:
-            raise InputError(f"{name}: {error}") from error
+        params[name] = params_of(name, description.family, network)
         if name == "predictor" and sources.check_direction:
             check_direction(modules[name], params[name], network.config)
     model_directory.save(
         out, description, params["predictor"], params.get("refiner"), params.get("vae")
     )
     return model_directory.describe(out)
+
+
+def params_of(name: str, family: str, network: Read) -> Params:
+    """The parameters of a network that was read, in float32.
+
+    Args:
+      name: "predictor", "refiner", "vae" or "text_encoder".
+      family: of predictor and refiner.
+      network: its config and its state dict under known names.
+
+    Raises:
+      InputError: tensors are missing, extra, misshapen or not finite.
+    """
+    kind = KINDS.get(name, family)
+    try:
+        return convert.params_from_state(kind, network.config, network.state, np.float32)
+    except InputError as error:
+        raise InputError(f"{name}: {error}") from error
 
 
 def load_vae(reference: str, report: Callable[[str], Any] = str) -> tuple[VAEConfig, Params]:
@@ -123,12 +136,8 @@ def load_vae(reference: str, report: Callable[[str], Any] = str) -> tuple[VAECon
     Raises:
       InputError: as `convert_model`.
     """
-    network = _read_vae(Sources(predictor="", vae=reference), report)
-    try:
-        params = convert.params_from_state("vae", network.config, network.state, np.float32)
-    except InputError as error:
-        raise InputError(f"vae: {error}") from error
-    return network.config, params
+    network = read_vae(Sources(predictor="", vae=reference), report)
+    return network.config, params_of("vae", "", network)
 
 
 def export(
@@ -138,7 +147,7 @@ def export(
 
     Args:
       model_dir: model directory, or the name of a shipped model.
-      network: "predictor", "refiner" or "vae".
+      network: "predictor", "refiner", "vae" or "text_encoder".
       out: the file, ending in .safetensors; parents are made.
       force: replace a file that stands there.
 
@@ -149,8 +158,10 @@ def export(
       InputError: there is no such network, or `out` is taken or cannot be written.
     """
     out, model = Path(out), model_directory.load(model_dir)
-    if network not in ("predictor", "refiner", "vae"):
-        raise InputError(f"network is {network!r}; it must be predictor, refiner or vae")
+    if network not in ("predictor", "refiner", "vae", "text_encoder"):
+        raise InputError(
+            f"network is {network!r}; it must be predictor, refiner, vae or text_encoder"
+        )
     config = model.description.networks.get(network)
     if config is None:
         known = ", ".join(model.description.networks)
@@ -163,7 +174,7 @@ def export(
         raise InputError(f"cannot write {out}: {error.strerror}; choose another --out") from error
     if taken and not force:
         raise InputError(f"{out} exists; choose another --out, or replace it with --force")
-    kind = "vae" if network == "vae" else model.description.family
+    kind = KINDS.get(network, model.description.family)
     state = convert.state_from_params(kind, config, getattr(model, f"{network}_params"))
     draft = out.with_name(f".{out.name}.{os.getpid()}.tmp")
     try:
@@ -179,7 +190,7 @@ def export(
     return state
 
 
-def _read_all(sources: Sources, report: Callable[[str], Any]) -> dict[str, _Read]:
+def _read_all(sources: Sources, report: Callable[[str], Any]) -> dict[str, Read]:
     """Opens and understands every file; whatever can be wrong with shapes is found here."""
     for name in ("refiner", "vae"):
         orphan = name in sources.sha256 or getattr(sources, f"{name}_config", None) is not None
@@ -199,13 +210,13 @@ def _read_all(sources: Sources, report: Callable[[str], Any]) -> dict[str, _Read
         networks["refiner"] = _read_sit(sources, "refiner", report, predictor)
         predictor.check_refiner(networks["refiner"].config)
     if sources.vae is not None:
-        networks["vae"] = _read_vae(sources, report)
+        networks["vae"] = read_vae(sources, report)
     if sources.image_size is not None:
         _check_image_size(sources.image_size, predictor, networks.get("vae"))
     return networks
 
 
-def _check_image_size(size: int, predictor: SiTConfig, vae: _Read | None) -> None:
+def _check_image_size(size: int, predictor: SiTConfig, vae: Read | None) -> None:
     factor = STABLE_DIFFUSION_FACTOR if vae is None else vae.config.downsampling
     step = factor * predictor.patch_size
     if size < 1 or size % step:
@@ -221,11 +232,11 @@ def _check_image_size(size: int, predictor: SiTConfig, vae: _Read | None) -> Non
 
 def _read_sit(
     sources: Sources, role: str, report: Callable[[str], Any], predictor: SiTConfig | None = None
-) -> _Read:
+) -> Read:
     reference, config_file = getattr(sources, role), getattr(sources, f"{role}_config")
     try:
         file = hub.fetch(reference)
-        digest = _verified(file, sources.sha256.get(role))
+        digest = verified(file, sources.sha256.get(role))
         weights = open_weights(file, sources.which)
         check_objective(file, weights)
         state, dropped = convert.with_known_names("sit", weights.tensors)
@@ -244,30 +255,31 @@ def _read_sit(
             f"{role}: trained by REPA, with a reversed clock; left out, since only training uses "
             f"them: {', '.join(dropped)}"
         )
-    source = _source(weights, digest) | {"weights": weights.origin, "dropped": dropped}
-    return _Read(config, state, source)
+    source = source_of(weights, digest) | {"weights": weights.origin, "dropped": dropped}
+    return Read(config, state, source)
 
 
-def _read_vae(sources: Sources, report: Callable[[str], Any]) -> _Read:
+def read_vae(sources: Sources, report: Callable[[str], Any]) -> Read:
+    """Opens the folder of an autoencoder."""
     try:
         folder = hub.fetch_folder(sources.vae)
         given, weights = open_folder(folder, sources.which, part="vae")
-        digest = _verified(weights.path, sources.sha256.get("vae"))
+        digest = verified(weights.path, sources.sha256.get("vae"))
         config = architecture.vae_config(given)
         state, _ = convert.with_known_names("vae", weights.tensors)
     except InputError as error:
         raise InputError(f"vae: {error}") from error
     report(f"vae: {config.downsampling} x smaller latents from {weights.path.name}")
-    return _Read(config, state, _source(weights, digest))
+    return Read(config, state, source_of(weights, digest))
 
 
-def _source(weights: Weights, digest: str) -> dict[str, Any]:
+def source_of(weights: Weights, digest: str) -> dict[str, Any]:
     """What model.json says of where a network's weights came from."""
     shards = {shard.name: sha256_of(shard) for shard in weights.shards}
     return {"file": weights.path.name, "sha256": digest} | ({"shards": shards} if shards else {})
 
 
-def _verified(file: Path, expected: str | None) -> str:
+def verified(file: Path, expected: str | None) -> str:
     """The file's sha256, after comparing it with the expected one."""
     if expected is not None:
         if file.name.endswith(".index.json"):
@@ -280,7 +292,7 @@ def _verified(file: Path, expected: str | None) -> str:
     return sha256_of(file)
 
 
-def _describe(sources: Sources, networks: Mapping[str, _Read]) -> Description:
+def _describe(sources: Sources, networks: Mapping[str, Read]) -> Description:
     predictor: SiTConfig = networks["predictor"].config
     vae: VAEConfig | None = networks["vae"].config if "vae" in networks else None
     can_guide = predictor.null_label is not None

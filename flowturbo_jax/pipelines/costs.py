@@ -14,7 +14,7 @@ class Cost(NamedTuple):
     """One kind of evaluation, for one image and one branch of guidance.
 
     Attributes:
-      what: "predictor", "refiner", "vae decode" or "vae encode".
+      what: "predictor", "refiner", "vae decode", "vae encode" or "text encoder".
       parameters: how many numbers it holds.
       multiply_adds: how many it does.
     """
@@ -30,11 +30,16 @@ def network_costs(description: Description) -> list[Cost]:
     x = jax.ShapeDtypeStruct((1, *description.predictor.shape), jnp.float32)
     t = jax.ShapeDtypeStruct((), jnp.float32)
     labels = jax.ShapeDtypeStruct((1,), jnp.int32) if description.predictor.num_classes else None
+    encoder, ids = description.text_encoder, None
+    if encoder is not None:
+        ids = jax.ShapeDtypeStruct((1, encoder.max_length), jnp.int32)
+        labels = jax.ShapeDtypeStruct((*ids.shape, encoder.hidden_size), jnp.float32)
     pixels = jax.ShapeDtypeStruct((1, *description.image_shape), jnp.float32)
     calls = {
         "predictor": [("predictor", None, (x, t, labels))],
         "refiner": [("refiner", None, (x, x, t, labels))],
         "vae": [("vae decode", "decode", (x,)), ("vae encode", "encode", (pixels,))],
+        "text_encoder": [("text encoder", None, (ids,))],
     }
     costs = []
     for name, module in networks.items():

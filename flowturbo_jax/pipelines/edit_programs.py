@@ -10,7 +10,7 @@ import jax
 from jaxtyping import Array, Float
 
 from flowturbo_jax import images, inpainting, path, sampler
-from flowturbo_jax.interfaces import ImageBytes, Labels, Latents
+from flowturbo_jax.interfaces import ImageBytes, Latents, Rows
 from flowturbo_jax.pipelines import programs
 from flowturbo_jax.pipelines.programs import Networks
 from flowturbo_jax.schedule import Schedule
@@ -24,11 +24,11 @@ def edit(
     params: Any,
     vae_params: Any,
     pixels: ImageBytes,
-    source_labels: Labels | None,
+    source_labels: Rows | None,
     strength: Float[Array, ""],
     seeds: jax.Array,
     indices: jax.Array,
-    labels: Labels,
+    labels: Rows,
     scale: jax.Array,
     interval: jax.Array | None,
     *,
@@ -66,7 +66,7 @@ def inpaint(
     weights: Float[Array, "batch height width"],
     seeds: jax.Array,
     indices: jax.Array,
-    labels: Labels,
+    labels: Rows,
     scale: jax.Array,
     interval: jax.Array | None,
     *,
@@ -104,7 +104,7 @@ def invert(
     params: Any,
     vae_params: Any,
     pixels: ImageBytes,
-    labels: Labels,
+    labels: Rows,
     scale: jax.Array,
     interval: jax.Array | None,
     *,

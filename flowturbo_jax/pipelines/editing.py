@@ -13,12 +13,12 @@ from flowturbo_jax import masks as mask_arrays
 from flowturbo_jax.interfaces import ImageBytes, InputError, Latents
 from flowturbo_jax.pipelines import edit_programs
 from flowturbo_jax.pipelines.pipeline import (
-    ClassLabels,
     GuidanceInterval,
     Pipeline,
+    Wanted,
     in_batches,
 )
-from flowturbo_jax.pipelines.requests import check_labels, check_model_images, seeds_and_indices
+from flowturbo_jax.pipelines.requests import check_model_images, seeds_and_indices
 from flowturbo_jax.sampler import INVERSION
 from flowturbo_jax.schedule import Schedule
 
@@ -31,10 +31,10 @@ class Editing(Pipeline):
     def edit(
         self,
         images: ImageBytes | np.ndarray,
-        labels: ClassLabels,
+        labels: Wanted,
         *,
         strength: float | jax.Array,
-        source_labels: ClassLabels | None = None,
+        source_labels: Wanted | None = None,
         inversion: str | Schedule | None = None,
         seeds: Seeds = 0,
         first_index: int = 0,
@@ -99,7 +99,7 @@ class Editing(Pipeline):
         self,
         images: ImageBytes | np.ndarray,
         masks: Any,
-        labels: ClassLabels,
+        labels: Wanted,
         *,
         soften: float = 0,
         tries: int = 1,
@@ -149,7 +149,7 @@ class Editing(Pipeline):
         self,
         images: ImageBytes | np.ndarray,
         masks: Any,
-        labels: ClassLabels | None = None,
+        labels: Wanted | None = None,
         *,
         margin: float | None = None,
         soften: float = 0,
@@ -194,7 +194,7 @@ class Editing(Pipeline):
                 raise InputError(
                     "without labels nothing can be guided; give labels, or no guidance"
                 )
-            labels = self._no_labels(len(images))
+            labels = self._no_rows(len(images))
             guidance, guidance_scale = "none", None
         else:
             labels = self._labels(labels, len(images))
@@ -207,7 +207,7 @@ class Editing(Pipeline):
     def invert(
         self,
         images: ImageBytes | np.ndarray,
-        labels: ClassLabels,
+        labels: Wanted,
         *,
         schedule: str | Schedule = INVERSION,
         guidance_scale: float | jax.Array | None = None,
@@ -281,23 +281,11 @@ class Editing(Pipeline):
         check_model_images(images, self.model.description)
         return images
 
-    def _labels(self, labels: ClassLabels, count: int) -> Any:
-        labels = check_labels(labels, self.model.description)
+    def _labels(self, labels: Wanted, count: int) -> Any:
+        labels = self.rows(labels)
         if len(labels) != count:
             raise InputError(f"{len(labels)} labels for {count} images; one each is needed")
         return labels
-
-    def _no_labels(self, count: int) -> np.ndarray:
-        """Labels that say nothing."""
-        predictor = self.model.description.predictor
-        if not predictor.num_classes:
-            return np.zeros(count, np.int32)
-        if predictor.null_label is None:
-            raise InputError(
-                "this model was trained without label dropout, so it paints classes only; give "
-                "labels of what is to remain"
-            )
-        return np.full(count, predictor.null_label, np.int32)
 
 
 def default_margin(shape: tuple[int, ...]) -> int:

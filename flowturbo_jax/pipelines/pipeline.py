@@ -29,6 +29,7 @@ ENCODING = np.uint32(0x9E3779B9)
 Kind = TypeVar("Kind")  # of pipeline
 GuidanceInterval = tuple[float, float] | str | jax.Array | None
 ClassLabels = Sequence[int | str] | np.ndarray | jax.Array
+Wanted = ClassLabels | str  # classes by number or name; or texts, or their tokens
 
 
 class Pipeline:
@@ -41,14 +42,18 @@ class Pipeline:
     Attributes:
       model: the loaded model.
       params: the predictor's and the refiner's parameters (or None) on the device, in the dtype the
-        networks compute in.
+        networks compute in; then those of a text encoder, if there is one.
     """
+
+    takes_text = False
 
     def __init__(self, model: Model, say: Callable[[str], Any] = logging.info):
         self.model = model
         self._say = say
         # Networks cast each kernel to their dtype before they use it: cast once, they are smaller.
         self.params = cast((model.predictor_params, model.refiner_params), model.predictor.dtype)
+        if model.text_encoder is not None:
+            self.params += (jax.tree.map(jnp.asarray, model.text_encoder_params),)
         # The VAE's group norms want their parameters in float32.
         self._decoder = self._vae_part("decoder")
         self._encoder: Any = None  # on the device once it is needed
@@ -79,9 +84,31 @@ class Pipeline:
           InputError: the directory is missing, damaged, or does not fit its description.
         """
         check_kind(quantization)
+        if model_directory.describe(directory).takes_text != cls.takes_text:
+            right = "ClassToImage" if cls.takes_text else "TextToImage"
+            raise InputError(f"{directory} is no model for {cls.__name__}; load it as {right}")
         with program_cache.preparing():
             model = model_directory.load(directory, dtype)
         return cls(model if quantization is None else quantize(model, quantization), say)
+
+    def rows(self, wanted: Any) -> Any:
+        """What programs are given of what is wanted, one row per image, after checking it.
+
+        Args:
+          wanted: `[B]` labels, or texts.
+
+        Raises:
+          InputError: the model cannot take it.
+        """
+        raise NotImplementedError
+
+    def placeholders(self, count: int) -> np.ndarray:
+        """Any rows that the model can take, to compile with."""
+        raise NotImplementedError
+
+    def _no_rows(self, count: int) -> np.ndarray:
+        """Rows that ask for nothing in particular; InputError if the model knows none."""
+        raise NotImplementedError
 
     def plan(
         self,
@@ -197,7 +224,8 @@ class Pipeline:
             what = f"{static['schedule']} for a batch of {len(arguments[2])}"
             self._say(f"preparing {what} ...")
             begin = time.perf_counter()
-            networks = (self.model.predictor, self.model.refiner, self.model.vae)
+            model = self.model
+            networks = (model.predictor, model.refiner, model.vae, model.text_encoder)
             if program_cache.can_store(arguments, networks):
                 key = {"function": task.__name__, **static}
                 made = partial(task.__wrapped__, **static)

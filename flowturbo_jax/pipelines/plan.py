@@ -98,7 +98,7 @@ def resolve(
 def _guidance(
     description: Description, mode: str | None, scale: Any
 ) -> tuple[str, float | jax.Array]:
-    can_guide = description.predictor.null_label is not None
+    can_guide = description.can_guide
     if mode is None:
         mode = description.guidance
         if mode == "none" and scale is not None:

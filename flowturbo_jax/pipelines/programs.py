@@ -14,7 +14,7 @@ from jaxtyping import Array, Bool
 
 from flowturbo_jax import guidance as guide
 from flowturbo_jax import images, path, sampler
-from flowturbo_jax.interfaces import Flow, ImageBytes, Images, Labels, Latents
+from flowturbo_jax.interfaces import Condition, Flow, ImageBytes, Images, Latents, Rows
 from flowturbo_jax.model_directory import Model
 from flowturbo_jax.models.refiner import at_all_times
 from flowturbo_jax.models.tiles import tiled
@@ -32,6 +32,7 @@ class Networks:
 
     def __init__(self, model: Model):
         self.predictor, self.refiner, self.vae = model.predictor, model.refiner, model.vae
+        self.text_encoder = model.text_encoder
         self.config = model.description.predictor
         self.guided_channels = model.description.guided_channels
         self._key = (
@@ -41,6 +42,8 @@ class Networks:
             self.config,
             self.guided_channels,
         )
+        if self.text_encoder is not None:
+            self._key += (self.text_encoder,)
 
     def __hash__(self) -> int:
         return hash(self._key)
@@ -55,7 +58,7 @@ class Networks:
 def make_flow(
     networks: Any,
     params: Any,
-    labels: Labels,
+    labels: Rows,
     scale: guide.Scale,
     interval: jax.Array | None,
     guidance: str,
@@ -64,22 +67,27 @@ def make_flow(
     """The flow of a model's networks under labels.
 
     Args:
-      networks: has `predictor`, `refiner` (or None), `config` and `guided_channels`.
-      params: parameters of both, `(predictor, refiner)`.
-      labels: `[B]` int32.
+      networks: has `predictor`, `refiner` (or None), `config` and `guided_channels`; of a model
+        that takes text `text_encoder`, too.
+      params: parameters of both, `(predictor, refiner)`; of a text encoder after them.
+      labels: `[B]` int32; for a model that takes text `[B, 2, L]`, token ids of what is wanted and
+        of what the images are guided away from.
       scale: guidance scale, a number or `[]` float32.
       interval: first and last flow time of guidance `[2]` float32; None for all of the time.
       guidance: "none", "official" or "paired".
       refining: whether the refiner will be called, if there is one.
     """
-    predictor_params, refiner_params = params
-    conditional = bool(networks.config.num_classes)
+    predictor_params, refiner_params, *text_params = params
+    condition, null = _conditions(networks, text_params, labels, guidance)
+
+    # Those of `ablation` are to run as they are called, one by one.
+    evaluate = _evaluated if isinstance(networks, Networks) else _evaluated.__wrapped__
 
     def predictor(x, t, condition):
-        return networks.predictor.apply({"params": predictor_params}, x, t, condition)
+        return evaluate(predictor_params, x, t, condition, network=networks.predictor)
 
     def refiner(x, v, t, condition):
-        return networks.refiner.apply({"params": refiner_params}, x, v, t, condition)
+        return evaluate(refiner_params, x, v, t, condition, network=networks.refiner)
 
     refining = refining and networks.refiner is not None
     both = [(networks.predictor, predictor_params)]
@@ -91,13 +99,34 @@ def make_flow(
         )
 
     refiner = refiner if refining else None
-    if not conditional or guidance == "none":
-        return guide.unguided(predictor, refiner, labels if conditional else None, prepare)
-    null = jnp.full_like(labels, networks.config.null_label)
+    if null is None:
+        return guide.unguided(predictor, refiner, condition, prepare)
     if guidance == "paired":
-        return guide.paired(predictor, refiner, labels, null, scale, interval, prepare)
+        return guide.paired(predictor, refiner, condition, null, scale, interval, prepare)
     channels = networks.guided_channels
-    return guide.official(predictor, refiner, labels, null, scale, channels, interval, prepare)
+    return guide.official(predictor, refiner, condition, null, scale, channels, interval, prepare)
+
+
+@partial(jax.jit, static_argnames=("network",))
+def _evaluated(params: Any, *arguments: Any, network: Any) -> Latents:
+    """A network's output; traced once, however many blocks of however many programs call it."""
+    return network.apply({"params": params}, *arguments)
+
+
+def _conditions(
+    networks: Any, text_params: Any, labels: Rows, guidance: str
+) -> tuple[Condition, Condition]:
+    """What the networks take, and that of no label; the latter None without guidance."""
+    config = networks.config
+    if config.takes_text:
+        texts = (
+            labels[:, 0] if guidance == "none" else jnp.concatenate([labels[:, 0], labels[:, 1]])
+        )
+        states = networks.text_encoder.apply({"params": text_params[0]}, texts)
+        return states[: len(labels)], None if guidance == "none" else states[len(labels) :]
+    if not config.num_classes:
+        return None, None
+    return labels, None if guidance == "none" else jnp.full_like(labels, config.null_label)
 
 
 def _prepared(module: Any, params: Any, times: jax.Array, condition: Any, rows: int) -> Any:
@@ -117,7 +146,7 @@ def _prepared(module: Any, params: Any, times: jax.Array, condition: Any, rows: 
 def sample_latents(
     params: Any,
     noise: Latents,
-    labels: Labels,
+    labels: Rows,
     scale: jax.Array,
     interval: jax.Array | None,
     *,
@@ -135,7 +164,7 @@ def generate(
     decoder_params: Any,
     seeds: jax.Array,
     indices: jax.Array,
-    labels: Labels,
+    labels: Rows,
     scale: jax.Array,
     interval: jax.Array | None,
     *,

@@ -4,6 +4,7 @@ import functools
 import math
 import re
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +12,6 @@ from flax import linen as nn
 
 from flowturbo_jax import path
 from flowturbo_jax.interfaces import InputError, Params
-from flowturbo_jax.models import SiTConfig
 from flowturbo_jax.weights.files import Weights
 from flowturbo_jax.weights.tensor import quoted
 
@@ -38,17 +38,25 @@ def check_objective(file: Path, weights: Weights) -> None:
         )
 
 
-def check_direction(module: nn.Module, params: Params, config: SiTConfig) -> None:
+def check_direction(
+    module: nn.Module, params: Params, config: Any, states: jax.Array | None = None
+) -> None:
     """Refuses a predictor whose output at t = 0 points toward the noise instead of away from it.
 
     Random weights point nowhere and pass.
+
+    Args:
+      module: the predictor.
+      params: its parameters.
+      config: its hyper-parameters.
+      states: of the empty text `[1, L, D]`, for a predictor that takes text.
 
     Raises:
       InputError: it does, as DiT's and other noise-predicting weights do.
     """
     arrays = jax.tree.map(jnp.asarray, params)
     try:
-        cosine = float(noise_cosine(arrays, module=module, config=config))
+        cosine = float(noise_cosine(arrays, states, module=module, config=config))
     except jax.errors.JaxRuntimeError as error:
         reason = str(error).partition("\n")[0]
         raise InputError(
@@ -68,10 +76,12 @@ def check_direction(module: nn.Module, params: Params, config: SiTConfig) -> Non
 
 
 @functools.partial(jax.jit, static_argnames=("module", "config"))
-def noise_cosine(params: Params, *, module: nn.Module, config: SiTConfig) -> jax.Array:
+def noise_cosine(
+    params: Params, states: jax.Array | None = None, *, module: nn.Module, config: Any
+) -> jax.Array:
     """Cosine between the predictor's output and the noise it gets at t = 0, `[]`."""
     noise = path.sample_noise(jnp.zeros(1, jnp.uint32), jnp.zeros(1, jnp.uint32), config.shape)
     label = config.null_label if config.null_label is not None else 0
-    labels = jnp.full(1, label, jnp.int32) if config.num_classes else None
+    labels = jnp.full(1, label, jnp.int32) if config.num_classes else states
     out = module.apply({"params": params}, noise, jnp.zeros(()), labels)
     return jnp.vdot(out, noise) / (jnp.linalg.norm(out) * jnp.linalg.norm(noise) + 1e-12)
