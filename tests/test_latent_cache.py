@@ -65,7 +65,8 @@ def test_a_record_is_label_and_moments_in_little_endian(tmp_path, dtype):
     assert len(record) == plan.record_bytes
     assert record[:4] == b"\1\0\0\0"
     assert record[4:] == moments.astype(np.dtype(dtype).newbyteorder("<")).tobytes()
-    label, back = unpack(plan, record)
+    label, back, states = unpack(plan, record)
+    assert states is None
     assert (label.shape, label.dtype, int(label)) == ((), np.int32, 1)
     np.testing.assert_array_equal(back, moments)
     with pytest.raises(ValueError, match="bytes, not"):

@@ -6,6 +6,9 @@
 Every image and its mirror image goes through the autoencoder once, and training draws latents from
 the stored moments. A run that was stopped goes on with the same command. --vae is a model directory
 that has one, the folder of a diffusers AutoencoderKL, or hf://owner/name.
+
+Of images with captions, such as captions:DIR, the text states are stored as well: those of the text
+encoder in --text-encoder, a model directory that takes text, or in --vae where that is one.
 """
 
 import argparse
@@ -29,7 +32,9 @@ OPTIONS = {
     "moments": "stored in float16 or float32",
     "unreadable_limit": "fraction of the images that may be unreadable",
     "threads": "how many read images ahead",
+    "captions_per_image": "of how many captions text states are stored",
 }
+TEXT = ("text_encoder", "captions_per_image")  # what means something to captioned data only
 
 
 def main(argv: Sequence[str]) -> None:
@@ -47,9 +52,14 @@ def main(argv: Sequence[str]) -> None:
         raise InputError(f"{_flag(missing[0])} is missing; give --data, --vae and --out")
     options = encoding.Options(**{name: given[name] for name in OPTIONS if name in given})
     source = data.open_source(args.data, args.image_size or 0)
+    if (unused := [name for name in TEXT if name in given]) and not source.captioned:
+        raise InputError(
+            f"{_flag(unused[0])} means nothing to {args.data}, which has no captions; leave it out"
+        )
+    text = encoding.read_text_encoder(args.text_encoder, args.vae) if source.captioned else None
     autoencoder = encoding.read_autoencoder(args.vae, say)
     with images_done() as show:
-        manifest = encoding.encode(source, autoencoder, args.out, options, say, show)
+        manifest = encoding.encode(source, autoencoder, args.out, options, say, show, text)
     print(_summary(manifest, args.out))
 
 
@@ -59,6 +69,7 @@ def _parser() -> LineParser:
     parser.add_argument("--data", help="images, such as folder:DIR")
     parser.add_argument("--image-size", type=int, help="side of the square they are cropped to")
     parser.add_argument("--vae", help="model directory, diffusers folder, or hf://owner/name")
+    parser.add_argument("--text-encoder", help="model directory that takes text (that of --vae)")
     parser.add_argument("--out", help="folder of the cache; one that is not finished is continued")
     for name, text in OPTIONS.items():
         default = getattr(DEFAULTS, name)
@@ -75,9 +86,10 @@ def _summary(manifest: Manifest, out: str) -> str:
     """What was written, and how to train on it."""
     size = sum(shard.bytes for shard in manifest.shards)
     left_out = f", {len(manifest.unreadable)} left out" if manifest.unreadable else ""
+    texts = "" if manifest.text is None else f", {manifest.text.captions} caption(s) of each"
     return (
-        f"wrote {one_line(out)}: {manifest.count} images and their mirror images{left_out}, in "
-        f"{len(manifest.shards)} files, {size / 1e6:,.1f} MB in all; train on them with "
+        f"wrote {one_line(out)}: {manifest.count} images and their mirror images{texts}{left_out}, "
+        f"in {len(manifest.shards)} files, {size / 1e6:,.1f} MB in all; train on them with "
         f"--config.data=latents:{one_line(out)}"
     )
 

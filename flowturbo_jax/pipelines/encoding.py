@@ -5,45 +5,54 @@ import itertools
 import os
 import threading
 from collections.abc import Callable, Iterable, Iterator
-from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from einops import rearrange
-from jaxtyping import Array, Float
 
-from flowturbo_jax import model_directory, parallel, stopping
-from flowturbo_jax.data import DataSource, Example, UnreadableError
-from flowturbo_jax.data.latent_manifest import MOMENTS_DTYPES, Manifest
+from flowturbo_jax import data, model_directory, parallel, stopping
+from flowturbo_jax.data import DataSource, UnreadableError
+from flowturbo_jax.data.latent_manifest import Manifest, TextStates
 from flowturbo_jax.data.latent_writer import ShardDraft, writing
-from flowturbo_jax.interfaces import Images, InputError, Params
-from flowturbo_jax.models import VAE
-from flowturbo_jax.pipelines.encoding_setup import Autoencoder, Options, read_autoencoder
+from flowturbo_jax.interfaces import InputError
+from flowturbo_jax.pipelines.encoding_batches import Encode, Encoded, Image, encoder_of
+from flowturbo_jax.pipelines.encoding_setup import (
+    Autoencoder,
+    Options,
+    TextEncoder,
+    read_autoencoder,
+    read_text_encoder,
+)
 
-__all__ = ["Autoencoder", "Options", "encode", "plan", "read_autoencoder"]
+__all__ = [
+    "Autoencoder",
+    "Options",
+    "TextEncoder",
+    "encode",
+    "plan",
+    "read_autoencoder",
+    "read_text_encoder",
+]
 
-CROPS = {"folder": "adm", "tfds": "adm"}  # kinds of sources that crop, by data/pixels.py
-
-
-class Image(NamedTuple):
-    """An image as it was read: the example, or why there is none."""
-
-    index: int
-    example: Example | None
-    reason: str = ""
+CROPPED = ("folder", "tfds", "captions", "shards", "tfds_captions")  # kinds, by data/pixels.py
+IN_FOLDERS = ("folder", "captions")  # kinds that take all images below a folder
+SAMPLES, LOOKED_AT = 8, 512  # captions to sample pictures of, and how many they are chosen from
+MAX_SAMPLE = 1000  # letters of one of them; a text encoder takes fewer
 
 
 def plan(
-    source: DataSource, autoencoder: Autoencoder, out: str | Path, options: Options
+    source: DataSource,
+    autoencoder: Autoencoder,
+    out: str | Path,
+    options: Options,
+    text: TextEncoder | None = None,
 ) -> Manifest:
-    """What a cache is to be, decided before the first image is read.
+    """What a cache is to be, decided before the first image is read; arguments as of `encode`.
 
     Raises:
       InputError: the source does not hold images, or not such as this autoencoder takes, or `out`
-        lies in its folder.
+        lies in its folder, or captions and text encoder do not come together.
     """
     config = autoencoder.config
     _refuse_inside(source, out)
@@ -70,14 +79,38 @@ def plan(
         class_names=source.class_names,
         images=len(source.examples),
         image_size=height,
-        crop=CROPS.get(source.name.partition(":")[0], "none"),
+        crop="adm" if source.name.partition(":")[0] in CROPPED else "none",
         vae=config,
         vae_fingerprint=model_directory.fingerprint(autoencoder.params),
         vae_dtype=options.dtype,
         moments_dtype=options.moments,
         shard_size=options.shard_size,
         batch_size=options.batch_size,
+        text=_text_states(source, text, options),
         directory=Path(out),
+    )
+
+
+def _text_states(
+    source: DataSource, text: TextEncoder | None, options: Options
+) -> TextStates | None:
+    if not source.captioned:
+        if text is not None or options.captions_per_image != 1:
+            raise InputError(
+                f"{source.name} has no captions, so that a text encoder and captions_per_image "
+                "mean nothing to it; leave them out"
+            )
+        return None
+    if text is None:
+        raise InputError(f"{source.name} has captions; give the text encoder that is to take them")
+    captions = itertools.islice(data.captions_of(source), LOOKED_AT)
+    different = dict.fromkeys(caption[:MAX_SAMPLE] for caption in captions)
+    return TextStates(
+        length=text.tokenizer.length,
+        width=text.config.hidden_size,
+        captions=options.captions_per_image,
+        fingerprint=model_directory.text_fingerprint(text.params, text.tokenizer),
+        samples=tuple(itertools.islice(different, SAMPLES)),
     )
 
 
@@ -88,8 +121,12 @@ def encode(
     options: Options,
     report: Callable[[str], Any] = str,
     on_images: Callable[[int, int], Any] = max,
+    text: TextEncoder | None = None,
 ) -> Manifest:
     """Encodes every image of a source and its mirror image; goes on where a run was killed.
+
+    Of captioned data, captions are encoded as well: each image's first ones, as many as the options
+    say.
 
     Args:
       source: images, all of one size.
@@ -98,6 +135,7 @@ def encode(
       options: how.
       report: told in a line each what was found at `out`, and which images cannot be read.
       on_images: told how many images are done, and of how many, at first those done before.
+      text: encodes the captions of captioned data; None for other data.
 
     Returns:
       The manifest of the finished cache.
@@ -108,7 +146,7 @@ def encode(
         are kept.
       KeyboardInterrupt: SIGINT or SIGTERM asked to stop; shards that are finished are kept.
     """
-    wanted = plan(source, autoencoder, out, options)
+    wanted = plan(source, autoencoder, out, options, text)
     parallel.check_batch_size(options.batch_size)
     with (
         stopping.requests() as stop,
@@ -117,14 +155,14 @@ def encode(
     ):
         tally = _Tally(source, writer.manifest, options.unreadable_limit, report, on_images)
         if missing := writer.missing:
-            moments_of = _moments_of(autoencoder, options)
+            encode_all = encoder_of(autoencoder, text, options)
             ranges = [wanted.shard_images(number) for number in missing]
             images = _read_ahead(source, ranges, options)
             for number, indices in zip(missing, ranges, strict=True):
                 try:
                     with writer.shard(number) as shard:
                         share = itertools.islice(images, len(indices))
-                        _fill(shard, share, moments_of, tally, stop)
+                        _fill(shard, share, encode_all, tally, stop)
                 except KeyboardInterrupt:
                     done = len(writer.manifest.shards)
                     report(
@@ -138,7 +176,7 @@ def encode(
 def _refuse_inside(source: DataSource, out: str | Path) -> None:
     """Refuses to write into a folder of images, which would become another data set by that."""
     kind, _, argument = source.name.partition(":")
-    if kind != "folder":
+    if kind not in IN_FOLDERS:
         return
     root, place = (os.path.realpath(os.path.expanduser(path)) for path in (argument, out))
     if os.path.commonpath([root, place]) == root:
@@ -160,61 +198,6 @@ def _memory_errors(batch_size: int) -> Iterator[None]:
             f"a batch of {batch_size} images does not fit into memory; take a smaller --batch-size"
             ", and another --out if files are finished in this one"
         ) from error
-
-
-def both_moments(
-    vae: VAE, dtype: Any, params: Params, images: Images
-) -> Float[Array, "batch 2 rows columns moments"]:
-    """Moments of images and of their mirror images; pure.
-
-    Args:
-      vae: the autoencoder.
-      dtype: of the result.
-      params: its parameters, of which the encoder's half is used.
-      images: `[B, H, W, 3]` float32 in [-1, 1].
-
-    Returns:
-      `[B, 2, h, w, 2c]`: the image and its mirror image; mean and logvar, not scaled.
-    """
-    # The mirror image is encoded itself: mirrored latents are others, off by the down-sampling's
-    # padding, which is on one side only.
-    both = jnp.concatenate([images, images[:, :, ::-1]])
-    moments = vae.apply({"params": params}, both, method="encode")
-    joined = jnp.concatenate(moments, axis=-1).astype(dtype)
-    return rearrange(joined, "(mirrored b) h w c -> b mirrored h w c", mirrored=2)
-
-
-def _moments_of(
-    autoencoder: Autoencoder, options: Options
-) -> Callable[[Iterable[Image]], Iterator[tuple[Image, np.ndarray]]]:
-    """What turns images, batch by batch, into pairs of image and moments `[2, h, w, 2c]`."""
-    vae = VAE(autoencoder.config, model_directory.network_dtype(options.dtype))
-    compiled = parallel.map_batch(partial(both_moments, vae, MOMENTS_DTYPES[options.moments]))
-    params = parallel.replicate({"encoder": autoencoder.params["encoder"]})
-
-    def encoded(images: Iterable[Image]) -> Iterator[tuple[list[Image], Any]]:
-        images = iter(images)
-        while batch := list(itertools.islice(images, options.batch_size)):
-            pixels = np.zeros((options.batch_size, *batch[0].example["data"].shape), np.float32)
-            for row, image in enumerate(batch):
-                pixels[row] = image.example["data"]
-            yield batch, compiled(params, pixels)
-
-    def moments_of(images: Iterable[Image]) -> Iterator[tuple[Image, np.ndarray]]:
-        for batch, moments in _one_late(encoded(images)):
-            yield from zip(batch, np.asarray(moments), strict=False)  # the last batch is padded
-
-    return moments_of
-
-
-def _one_late(items: Iterable[Any]) -> Iterator[Any]:
-    """The same items; each is handed on after the next is begun, so that devices need not wait."""
-    waiting: list[Any] = []
-    for item in items:
-        waiting.append(item)
-        if len(waiting) > 1:
-            yield waiting.pop(0)
-    yield from waiting
 
 
 class _Tally:
@@ -253,16 +236,22 @@ class _Tally:
         self._show()
         return name
 
-    def check(self, image: Image, moments: np.ndarray) -> int:
-        """The image's label; InputError if it or the moments are not such as can be stored."""
-        label, classes = int(image.example["label"]), len(self._source.class_names)
-        if not 0 <= label < classes:
-            name = self._source.examples.name(image.index)
+    def check(self, encoded: Encoded) -> int:
+        """The image's label; InputError if it, moments or states are not such as can be stored."""
+        image, moments, states = encoded
+        name, classes = self._source.examples.name(image.index), len(self._source.class_names)
+        label = 0 if states is not None else int(image.example["label"])
+        if states is None and not 0 <= label < classes:
             raise InputError(f"{name} has label {label}, but there are {classes} classes")
         if not np.isfinite(moments).all():
             raise InputError(
-                f"the moments of {self._source.examples.name(image.index)} are not finite in "
-                f"{moments.dtype}; try --dtype=float32 --moments=float32 with another --out"
+                f"the moments of {name} are not finite in {moments.dtype}; try --dtype=float32 "
+                "--moments=float32 with another --out"
+            )
+        if states is not None and not np.isfinite(states).all():
+            raise InputError(
+                f"the text states of {name} are not finite in {states.dtype}; try --dtype=float32 "
+                "with another --out, or another --text-encoder"
             )
         return label
 
@@ -273,7 +262,7 @@ class _Tally:
 def _fill(
     shard: ShardDraft,
     images: Iterable[Image],
-    moments_of: Callable[[Iterable[Image]], Iterator[tuple[Image, np.ndarray]]],
+    encode_all: Encode,
     tally: _Tally,
     stop: threading.Event,
 ) -> None:
@@ -292,8 +281,8 @@ def _fill(
             else:
                 yield image
 
-    for image, moments in moments_of(readable()):
-        shard.add(tally.check(image, moments), moments)
+    for encoded in encode_all(readable()):
+        shard.add(tally.check(encoded), encoded.moments, encoded.states)
         tally.add()
 
 
