@@ -26,7 +26,7 @@ from flowturbo_jax import (
 from flowturbo_jax.interfaces import InputError
 from flowturbo_jax.logbook import Logbook
 from flowturbo_jax.model_directory import Description, Model
-from flowturbo_jax.pipelines.class_to_image import ClassToImage
+from flowturbo_jax.pipelines import any_model
 from flowturbo_jax.run_checkpoints import Checkpoints
 from flowturbo_jax.tasks import Task
 from flowturbo_jax.train_config import TrainConfig, differences
@@ -62,6 +62,7 @@ def train_and_evaluate(config: Any, workdir: str | Path) -> TrainState:
             parallel.check_batch_size(config.batch_size, config.accumulation_steps)
             source = data.open_source(config.data, config.image_size)
             task = tasks.make_task(config, source)
+            source = task.source  # of texts, their token ids
             if parallel.is_first():
                 resources.enter_context(run_folder.reserved(workdir))
                 run_folder.check_training(workdir)
@@ -128,9 +129,8 @@ def train_and_evaluate(config: Any, workdir: str | Path) -> TrainState:
                     logbook.scalars(
                         done, _prefixed("evaluation", means), _prefixed("evaluation", by_time)
                     )
-                    _write_samples(
-                        logbook, workdir, done, task.model(_host(state.ema_params)), config
-                    )
+                    model = task.model(_host(state.ema_params))
+                    _write_samples(logbook, workdir, done, model, config, task.prompts)
                 if checkpoints is not None and (save or stopped):
                     # Last, so that what is not saved is also made again.
                     checkpoints.save(done, state, identity)
@@ -145,7 +145,8 @@ def train_and_evaluate(config: Any, workdir: str | Path) -> TrainState:
 def _identity(config: TrainConfig, source: data.DataSource, task: Task) -> dict[str, Any]:
     """What a run must agree with to be continued."""
     teacher = {"teacher": task.teacher_sha256} if task.teacher_sha256 else {}
-    return {"data_fingerprint": source.fingerprint, **teacher, **dataclasses.asdict(config)}
+    identity = {"data_fingerprint": source.fingerprint, **teacher, **dataclasses.asdict(config)}
+    return json.loads(json.dumps(identity))  # as a checkpoint holds it: tuples are lists
 
 
 def _resume(
@@ -226,22 +227,31 @@ def _tell_of_samples(description: Description) -> None:
 
 
 def _write_samples(
-    logbook: Logbook, workdir: Path, done: int, model: Model, config: TrainConfig
+    logbook: Logbook,
+    workdir: Path,
+    done: int,
+    model: Model,
+    config: TrainConfig,
+    prompts: tuple[str, ...],
 ) -> None:
-    """A picture of samples: a column per class (the first ten), or of eight classes if large."""
+    """A picture of samples: a column per class or text (the first ten), or eight images if large.
+
+    Texts are the prompts, as many as there are.
+    """
     if model.description.image_shape[-1] not in (1, 3):
         return  # latents; _tell_of_samples has said so
-    classes = max(model.description.predictor.num_classes, 1)
+    wanted = prompts or range(max(model.description.predictor.num_classes, 1))
     side = model.description.image_shape[0]
     if side <= SMALL_IMAGE:
-        columns = min(classes, 10)
-        labels = np.tile(np.arange(columns), 4)
+        columns = min(len(wanted), 10)
+        shown = list(wanted[:columns]) * 4
     else:
         columns = 4
-        labels = np.linspace(0, classes - 1, 8).astype(np.int32)
-    pipe = ClassToImage(model)
+        places = np.linspace(0, len(wanted) - 1, 8).astype(np.int32)
+        shown = [wanted[place] for place in places]
+    pipe = any_model.pipeline_of(model)
     samples = pipe(
-        labels, seeds=config.seed, schedule=config.schedule, batch_size=min(len(labels), 8)
+        shown, seeds=config.seed, schedule=config.schedule, batch_size=min(len(shown), 8)
     )
     picture = images.grid(np.asarray(samples), columns, zoom=max(1, SMALL_IMAGE // side))
     try:
@@ -256,7 +266,8 @@ def _write_samples(
 
 def _write_model(workdir: Path, model: Model) -> None:
     params = (model.predictor_params, model.refiner_params, model.vae_params)
-    model_directory.save(workdir / "model", model.description, *params)
+    text = (model.text_encoder_params, model.tokenizer)
+    model_directory.save(workdir / "model", model.description, *params, *text)
 
 
 def _prefixed(group: str, values: Mapping[str, Any]) -> dict[str, Any]:

@@ -51,7 +51,7 @@ class Feed:
         size = config.batch_size // self._part[1]
         self._blank = {
             "data": np.zeros((size, *source.shape), np.float32),
-            "label": np.zeros(size, np.int32),
+            "label": np.zeros((size, *source.label[0]), source.label[1]),
         }
         self._last: data.Batch | None = None
         self.failure: Exception | None = None

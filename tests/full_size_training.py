@@ -49,7 +49,7 @@ def count() -> dict[str, Any]:
             products = 2 * tasks.forward_multiply_adds(SiT(predictor), predictor)
             products += 3 * tasks.forward_multiply_adds(trained, predictor, inputs=2)
         else:
-            _, predictor = tasks.predictor_config_of(recipe.model.to_dict())
+            _, predictor, _ = tasks.predictor_config_of(recipe.model.to_dict())
             trained = SiT(predictor)
             products = 3 * tasks.forward_multiply_adds(trained, predictor)
         flop = 2 * products
