@@ -3,6 +3,7 @@
 python sample.py                                         the shipped digits model
 python sample.py --config.schedule=H2P4R2 --config.guidance_scale=2 --config.seed=1
 python sample.py --config.model_dir=runs/digits_refiner/model
+python sample.py --config=configs/rectified_flow_t2i.py --config.prompt="a fox in the snow"
 python sample.py --config.task=edit --config.image=FILE --config.labels=8 --config.strength=0.6
 python sample.py --config.task=inpaint --config.image=FILE --config.mask=FILE --config.labels=3
 
@@ -12,6 +13,7 @@ Writes pictures and a JSON file with the protocol card to --config.out, and prin
 from collections.abc import Sequence
 
 from flowturbo_jax.commands import edit, entry, sample
+from flowturbo_jax.commands.result_files import listed
 from flowturbo_jax.sample_config import GENERATE, SampleConfig
 
 
@@ -26,7 +28,7 @@ def main(argv: Sequence[str]) -> None:
         print(edit.table(report))
     print(f"wrote {report['picture']} and {report['picture'].removesuffix('.png')}.json")
     if "results" in report:
-        print(f"wrote {', '.join(report['results'])}")
+        print(f"wrote {listed(report['results'])}")
     if "noise" in report:
         print(f"wrote {report['noise']}: the noise, as arr_0")
 

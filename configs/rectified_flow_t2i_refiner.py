@@ -6,9 +6,10 @@ r"""The refiner of 2-Rectified Flow's U-Net, on pairs of image and caption, as i
 
 The paper's setting: 50,000 pairs, AdamW at 2e-5 without weight decay, 100 steps of warm-up,
 gradients clipped at 0.01, 10,000 steps of 16 images; captions are dropped to the empty text with
-probability 0.1. Widths 160, 160, 320, 320, one layer per block: 43.5 M parameters are trained; the U-Net of
-860 M is evaluated twice a step. Per image and step that is two evaluations of 0.38 TMAC and three
-of 0.04 TMAC, so 290 PFLOP in all; the paper took five and a half hours on one A800. Captions are encoded to text states by `encode`, once.
+probability 0.1. Widths 160, 160, 320, 320, one layer per block: 43.5 M parameters are trained;
+the U-Net of 860 M is evaluated twice a step. Per image and step that is two evaluations of 0.38
+TMAC and three of 0.04 TMAC, so 290 PFLOP in all; the paper took five and a half hours on one A800.
+Captions are encoded to text states by `encode`, once.
 """
 
 from flowturbo_jax.train_config import TrainConfig

@@ -199,7 +199,7 @@ def whole_program(call):
     model, plan, params = call.pipe.model, call.plan, call.pipe.params
     networks = programs.Networks(model)
     if not plan.schedule.needs_refiner:
-        networks.refiner, params = None, (params[0], None)
+        networks.refiner, params = None, (params[0], None, *params[2:])
     static = {"networks": networks, "schedule": plan.schedule, "guidance": plan.guidance}
     given = (call.labels, *plan.arguments)
     if call.shows_images:

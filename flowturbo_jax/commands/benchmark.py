@@ -2,6 +2,7 @@
 
   benchmark digits --schedules H8,H1P3R2 --batch-sizes 1,8 --out runs/digits_speed.json
   benchmark --size SiT-XL/2 --dtype bfloat16 --out runs/xl_speed.json
+  benchmark --size "SD 1.x U-Net" --schedules H4,H8,H1P6R3 --dtype bfloat16
 
 ms/image is the time of one call until its images are on the host; images/s is of calls that follow
 each other without waiting. Each part is measured as a program of its own; the rest is what the
@@ -24,7 +25,13 @@ from flowturbo_jax.commands.entry import LineParser, one_line
 from flowturbo_jax.commands.progress import say
 from flowturbo_jax.interfaces import InputError
 from flowturbo_jax.model_directory import network_dtype
-from flowturbo_jax.pipelines import ablation, benchmark, cold_start, program_cache
+from flowturbo_jax.pipelines import (
+    ablation,
+    benchmark,
+    cold_start,
+    program_cache,
+    random_model,
+)
 from flowturbo_jax.pipelines.plan import Plan, resolve
 from flowturbo_jax.pipelines.subject import Subject
 from flowturbo_jax.pipelines.timing import Stopwatch
@@ -32,7 +39,7 @@ from flowturbo_jax.quantization import check_kind
 
 MOST_IMAGES, MOST_REPEATS = 2**16, 1000
 PICTURES = (".png", ".svg")
-SCHEDULES, BATCH_SIZES, IMAGE_SIZE = "H8,H1P5R3", "1,8", 256
+SCHEDULES, BATCH_SIZES = "H8,H1P5R3", "1,8"
 
 
 def main(argv: Sequence[str]) -> None:
@@ -67,8 +74,8 @@ def _parser() -> LineParser:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     add = parser.add_argument
     add("model_dir", nargs="?", help="model directory, or the name of a shipped model")
-    add("--size", help="instead: a published size with random weights, such as SiT-XL/2")
-    add("--image-size", type=int, help=f"side of its images ({IMAGE_SIZE})")
+    add("--size", help="instead: a published size with random weights, such as those above")
+    add("--image-size", type=int, help="side of its images (256; of a U-Net 512)")
     add("--no-vae", action="store_true", help="its latents alone, without a VAE to decode them")
     add("--schedules", default=SCHEDULES, help=f"the first is compared with ({SCHEDULES})")
     add("--batch-sizes", default=BATCH_SIZES, help=f"images of a call ({BATCH_SIZES})")
@@ -89,7 +96,9 @@ def _subject(args: argparse.Namespace) -> Subject:
         raise InputError("give a model directory or --size, one of them")
     if args.size is None and (args.image_size is not None or args.no_vae):
         raise InputError("--image-size and --no-vae mean nothing without --size")
-    size = IMAGE_SIZE if args.image_size is None else args.image_size
+    size = args.image_size
+    if size is None:
+        size = random_model.default_size(args.size or "")
     return Subject(args.model_dir, args.size, size, not args.no_vae)
 
 
@@ -97,6 +106,10 @@ def _plans(args: argparse.Namespace, subject: Subject) -> list[Plan]:
     network_dtype(args.dtype)
     check_kind(args.quantization)
     description = subject.describe()
+    if args.quantization is not None and description.takes_text:
+        raise InputError(
+            f"--quantization is for models of classes, and {subject.name} takes texts; leave it out"
+        )
     asked = (args.guidance_scale, args.guidance, args.guidance_interval)
     plans = [resolve(description, text, *asked) for text in args.schedules.split(",")]
     for plan in plans if args.ablation else ():

@@ -18,6 +18,7 @@ from flowturbo_jax.demo import page, server
 from flowturbo_jax.demo.handlers import BASELINE, Studio
 from flowturbo_jax.demo.page import Plot
 from flowturbo_jax.interfaces import InputError
+from flowturbo_jax.pipelines import any_model
 from flowturbo_jax.pipelines.class_to_image import ClassToImage
 
 SHIPPED = "digits"
@@ -28,6 +29,7 @@ def main(argv: Sequence[str]) -> None:
     """Reads the command line, loads the model, and serves the page until Ctrl-C."""
     args = _parser().parse_args(argv[1:])
     plots = _plots(args)
+    any_model.refuse_text(args.model_dir, "demo")
     with server.reserve(args.port) as place, tempfile.TemporaryDirectory() as folder:
         server.silence(folder)
         pipe = ClassToImage.load(args.model_dir, args.dtype, say=say)

@@ -1,8 +1,6 @@
 """Edits one image with two schedules and the same noise: pictures, numbers, and a card."""
 
 import hashlib
-import json
-import os
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
@@ -14,23 +12,22 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from flowturbo_jax import images, masks, pictures
-from flowturbo_jax.class_names import label_of
-from flowturbo_jax.commands import output_file
-from flowturbo_jax.commands.progress import say
+from flowturbo_jax.commands import output_file, result_files, wanted
 from flowturbo_jax.commands.sample import title
+from flowturbo_jax.commands.wanted import Wanted
 from flowturbo_jax.interfaces import InputError
 from flowturbo_jax.pipelines import evaluation
-from flowturbo_jax.pipelines.class_to_image import ClassToImage
 from flowturbo_jax.pipelines.editing import backwards, default_margin
+from flowturbo_jax.pipelines.generation import Generation
 from flowturbo_jax.pipelines.plan import Plan
 from flowturbo_jax.pipelines.timing import timed
-from flowturbo_jax.sample_config import MASKED, SampleConfig
+from flowturbo_jax.sample_config import MASKED, OF_CLASSES, OF_TEXT, SampleConfig
 from flowturbo_jax.schedule import Schedule
 
 HIDDEN = 128  # grey of what a mask hides
 # What the result of each task depends on, beside the image and how it is sampled.
 SETTINGS = {
-    "edit": ("strength", "source_label"),
+    "edit": ("strength", "source_label", "source_prompt"),
     "inpaint": ("mask", "tries", "soften"),
     "remove": ("mask", "tries", "soften", "margin"),
     "invert": (),
@@ -43,14 +40,16 @@ class Subject(NamedTuple):
     Attributes:
       images: `[B, H, W, C]` uint8, the image once per result.
       mask: `[H, W]` bool, true = repaint; None where the task has none.
-      labels: `[B]`, one per result; None to remove without any.
-      source: the label of the image, where it is inverted to be edited.
+      rows: `[B]` labels or `[B, 2, L]` tokens, one per result; None to remove without any.
+      source: rows of the same of what the image shows, where it is inverted to be edited.
+      seeds: of the noise, one for all results or `[B]`.
     """
 
     images: np.ndarray
     mask: np.ndarray | None
-    labels: np.ndarray | None
-    source: int | None
+    rows: np.ndarray | None
+    source: np.ndarray | None
+    seeds: Any = 0
 
 
 def edit(config: Mapping[str, Any] | ConfigDict) -> dict[str, Any]:
@@ -72,12 +71,14 @@ def edit(config: Mapping[str, Any] | ConfigDict) -> dict[str, Any]:
     """
     config = SampleConfig.create(config)
     output_file.check_folder(config.out)
-    pipe = ClassToImage.load(config.model_dir, config.dtype, config.quantization or None, say)
-    subject = _subject(pipe, config)
+    pipe = wanted.load(config)
+    asked = wanted.read(pipe, config)
+    subject = _subject(pipe, config, asked)
     plans = [_plan(pipe, config, text, subject) for text in config.schedules]
+    wanted.refuse_idle_negative(config, plans)
     noise = None
     if config.task == "invert":
-        one = (subject.images[:1], subject.labels[:1])
+        one = (subject.images[:1], subject.rows[:1])
         noise = pipe.invert(*one, schedule=config.inversion, **_guidance(plans[-1]))
     panels, rows, made = [_given(config, subject)], [], None
     for plan in plans:
@@ -85,46 +86,33 @@ def edit(config: Mapping[str, Any] | ConfigDict) -> dict[str, Any]:
         once()  # compiles
         made, seconds = timed(once)
         results = {"ms_per_image": 1e3 * seconds / len(made), "change": _change(made, subject)}
-        card = _card(pipe, config, plan, len(made))
+        card = _card(pipe, config, plan, asked, len(made))
         rows.append({"card": card, "results": results})
         panels.append((title(card, results["ms_per_image"]), made))
-    return _write(config, rows, panels, noise)
+    return _write(config, asked, rows, panels, noise)
 
 
-def _subject(pipe: ClassToImage, config: SampleConfig) -> Subject:
-    description = pipe.model.description
-    shape, names = description.image_shape, description.class_names
-    wanted = [label_of(text.strip(), names) for text in config.labels.split(",") if text.strip()]
-    if not wanted and not description.predictor.num_classes:
-        wanted = [0]
-    if not wanted and config.task != "remove":
-        what = "image" if config.task == "invert" else "result"
-        raise InputError(f"to {config.task}, say what the {what} shows: --config.labels=CLASS")
-    if config.task == "invert" and len(wanted) > 1:
-        raise InputError("an image is inverted under one label, of what it shows; give only that")
-    if config.source_label and config.results > len(wanted):
-        raise InputError(
-            f"{config.results} results of {len(wanted)} label(s) would repeat themselves: an "
-            "inverted image is edited without noise; leave out config.results"
-        )
+def _subject(pipe: Generation, config: SampleConfig, asked: Wanted) -> Subject:
+    shape = pipe.model.description.image_shape
     picture = pictures.open_picture(config.image, shape)
     mask = pictures.open_mask(config.mask, picture.size, shape) if config.task in MASKED else None
-    source = label_of(config.source_label.strip(), names) if config.source_label else None
-    count = config.results or max(len(wanted), 1)
-    labels = np.resize(np.array(wanted), count) if wanted else None
-    return Subject(np.repeat(picture.pixels[None], count, axis=0), mask, labels, source)
+    given = np.repeat(picture.pixels[None], asked.count, axis=0)
+    source = None if asked.source is None else np.repeat(asked.source, asked.count, axis=0)
+    return Subject(given, mask, asked.rows, source, asked.seeds)
 
 
-def _plan(pipe: ClassToImage, config: SampleConfig, text: str, subject: Subject) -> Plan:
+def _plan(pipe: Generation, config: SampleConfig, text: str, subject: Subject) -> Plan:
     """How one of the schedules samples; refuses what does not work before anything is computed."""
     guided = (config.guidance_scale, config.guidance or None, config.guidance_interval or None)
     if config.task == "invert" or subject.source is not None:
         backwards(config.inversion)
-    if subject.labels is not None:
-        pipe.check(subject.labels, text, *guided)
+    if subject.rows is not None:
+        pipe.check(subject.rows, text, *guided)
     elif guided[0] not in (None, 1) or guided[1] not in (None, "none") or guided[2]:
-        raise InputError("without labels nothing can be guided; set config.labels")
-    if subject.labels is None or (config.task == "invert" and guided == (None, None, None)):
+        missing = "prompt" if pipe.takes_text else "labels"
+        what = "a prompt" if pipe.takes_text else "labels"
+        raise InputError(f"without {what} nothing can be guided; set config.{missing}")
+    if subject.rows is None or (config.task == "invert" and guided == (None, None, None)):
         return pipe.plan(text, guidance="none")
     return pipe.plan(text, *guided)
 
@@ -139,24 +127,23 @@ def _guidance(plan: Plan) -> dict[str, Any]:
 
 
 def _do(
-    pipe: ClassToImage, config: SampleConfig, subject: Subject, plan: Plan, noise: Any
+    pipe: Generation, config: SampleConfig, subject: Subject, plan: Plan, noise: Any
 ) -> jax.Array:
     """The results of a schedule, `[B, H, W, C]` uint8."""
     how = {"schedule": plan.schedule, **_guidance(plan)}
     if config.task == "invert":
-        return pipe.decode(pipe.sample_latents(noise, subject.labels, **how))
-    how |= {"seeds": config.seed, "batch_size": min(config.batch_size, len(subject.images))}
+        return pipe.decode(pipe.sample_latents(noise, subject.rows, **how))
+    how |= {"seeds": subject.seeds, "batch_size": min(config.batch_size, len(subject.images))}
     if config.task == "edit":
-        sources = None if subject.source is None else [subject.source] * len(subject.images)
-        how |= {"strength": config.strength, "source_labels": sources}
-        how["inversion"] = None if sources is None else config.inversion
-        return pipe.edit(subject.images, subject.labels, **how)
+        how |= {"strength": config.strength, "source_labels": subject.source}
+        how["inversion"] = None if subject.source is None else config.inversion
+        return pipe.edit(subject.images, subject.rows, **how)
     how |= {"tries": config.tries, "soften": config.soften}
     if config.task == "inpaint":
-        return pipe.inpaint(subject.images, subject.mask, subject.labels, **how)
-    if subject.labels is None:
+        return pipe.inpaint(subject.images, subject.mask, subject.rows, **how)
+    if subject.rows is None:
         how = {key: value for key, value in how.items() if not key.startswith("guidance")}
-    return pipe.remove(subject.images, subject.mask, subject.labels, margin=config.margin, **how)
+    return pipe.remove(subject.images, subject.mask, subject.rows, margin=config.margin, **how)
 
 
 def _change(made: np.ndarray, subject: Subject) -> float:
@@ -165,22 +152,24 @@ def _change(made: np.ndarray, subject: Subject) -> float:
     return float(np.sqrt(np.mean(difference**2)) / 255)
 
 
-def _card(pipe: ClassToImage, config: SampleConfig, plan: Plan, count: int) -> dict[str, Any]:
+def _card(
+    pipe: Generation, config: SampleConfig, plan: Plan, asked: Wanted, count: int
+) -> dict[str, Any]:
     """Everything the results depend on, and what they took."""
-    sampling = f"in turn: {config.labels}" if config.labels else "none"
     counts = {"samples": count, "batch_size": min(config.batch_size, count)}
     card = evaluation.protocol_card(
-        pipe, plan, seed=config.seed, judges=None, label_sampling=sampling, **counts
+        pipe, plan, seed=config.seed, judges=None, label_sampling=asked.sampling, **counts
     )
-    card |= {"task": config.task, "image_sha256": _digest(config.image)}
-    card |= {key: getattr(config, key) for key in SETTINGS[config.task]}
+    card |= {**asked.card, "task": config.task, "image_sha256": _digest(config.image)}
+    unsaid = OF_CLASSES if pipe.takes_text else OF_TEXT
+    card |= {key: getattr(config, key) for key in SETTINGS[config.task] if key not in unsaid}
     if config.task == "remove" and config.margin is None:
         card["margin"] = default_margin(pipe.model.description.image_shape)
     if config.mask and not config.mask.startswith(pictures.DRAWN):
         card["mask_sha256"] = _digest(config.mask)
     for kind in ("predictor_evaluations", "refiner_evaluations"):
         card[kind] *= config.tries
-    if config.source_label or config.task == "invert":
+    if asked.source is not None or config.task == "invert":
         card["inversion"] = config.inversion
         there = Schedule.parse(config.inversion)
         card["inversion_evaluations"] = there.predictor_evaluations
@@ -206,30 +195,25 @@ def _given(config: SampleConfig, subject: Subject) -> tuple[list[str], np.ndarra
 
 
 def _write(
-    config: SampleConfig, rows: list[Any], panels: list[Any], noise: jax.Array | None
+    config: SampleConfig,
+    asked: Wanted,
+    rows: list[Any],
+    panels: list[Any],
+    noise: jax.Array | None,
 ) -> dict[str, Any]:
-    """Writes the pictures, then the numbers, each whole or not at all."""
-    out, name = Path(config.out).expanduser(), f"{config.name}_{config.task}"
-    picture, made = out / f"{name}.png", panels[-1][1]
-    zoom = max(1, 96 // made.shape[1])
-    cards = json.dumps([row["card"] for row in rows])
-    files = [out / f"{name}_{i}.png" for i in range(len(made))]
-    report = {"picture": str(picture), "results": [*map(str, files)], "schedules": rows}
-    draft = out / f".{name}.json"
-    try:
-        drawn = images.side_by_side(panels, columns=config.columns, zoom=zoom)
-        images.save_png(picture, drawn, {"protocol_cards": cards})
-        for file, image in zip(files, made, strict=True):
-            colour = np.broadcast_to(image, (*image.shape[:2], 3))
-            images.save_png(file, colour, {"protocol_card": json.dumps(rows[-1]["card"])})
-        if noise is not None:
-            report["noise"] = str(out / f"{name}.npz")
-            images.save_npz(report["noise"], np.asarray(noise))
-        draft.write_text(json.dumps(report, indent=1) + "\n")
-        os.replace(draft, out / f"{name}.json")
-    except OSError as error:
-        raise InputError(f"cannot write to {out}: {error}; change config.out") from error
-    return report
+    """Writes the pictures, then the numbers."""
+    card, made = rows[-1]["card"], panels[-1][1]
+    cards = [card | asked.of_image(i) if asked.prompts else card for i in range(len(made))]
+    return result_files.write(
+        Path(config.out).expanduser(),
+        f"{config.name}_{config.task}",
+        {**({"prompts": list(asked.prompts)} if asked.prompts else {}), "schedules": rows},
+        panels,
+        columns=config.columns,
+        least=96,
+        alone=list(zip(made, cards, strict=True)),
+        noise=None if noise is None else np.asarray(noise),
+    )
 
 
 def table(report: dict[str, Any]) -> str:

@@ -3,6 +3,8 @@ r"""Measures schedules of a model directory, or compares what was measured.
   evaluate digits --schedules H8,H1P3R2 --samples 5000 --seeds 0,1,2 --out runs/digits.json
   evaluate models/sit-xl-2-256 --features inception:pt_inception-2015-12-05-6726825d.pth \
       --reference VIRTUAL_imagenet256_labeled.npz --out runs/xl.json
+  evaluate models/2rf --captions prompts.txt --samples 5000 --reference images:photographs \
+      --features inception:pt_inception-2015-12-05-6726825d.pth --out runs/2rf.json
   evaluate --compare A.json B.json
 
 Every row of the results has a protocol card: all that the numbers depend on. Rows that stand in the
@@ -19,17 +21,21 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from flowturbo_jax import model_directory
 from flowturbo_jax.commands import output_file
 from flowturbo_jax.commands.entry import LineParser, one_line
 from flowturbo_jax.commands.progress import images_done, say
 from flowturbo_jax.interfaces import InputError
-from flowturbo_jax.pipelines import comparison, evaluation, judging
-from flowturbo_jax.pipelines.class_to_image import ClassToImage
+from flowturbo_jax.pipelines import any_model, captions, comparison, evaluation, judging
+from flowturbo_jax.pipelines.captions import Captions
+from flowturbo_jax.pipelines.generation import Generation
 from flowturbo_jax.pipelines.image_files import ImageFiles
 from flowturbo_jax.pipelines.judging import Judges
 from flowturbo_jax.pipelines.plan import Plan
+from flowturbo_jax.sample_config import size_of
 
 COMPARING = {"compare", "allow"}
+OF_TEXTS = ("captions", "negative_prompt", "image_size")
 
 
 def main(argv: Sequence[str]) -> None:
@@ -64,7 +70,10 @@ def _parser() -> LineParser:
     add("--schedules", default="H1P5R3", help="comma-separated, such as H8,H1P3R2,fast (H1P5R3)")
     add("--samples", type=int, default=50_000, help="per schedule and seed (50000)")
     add("--seeds", default="0", help="comma-separated (0); three say how far to trust a number")
-    add("--labels", default="balanced", help="balanced (each class equally often) or random")
+    add("--labels", default="balanced", help="balanced (classes or captions in turn) or random")
+    add("--captions", help="for models of texts: captions:DIR, digit_captions, or FILE")
+    add("--negative-prompt", help="for models of texts: what guidance leads all images away from")
+    add("--image-size", help="for models of texts: HEIGHTxWIDTH or one number; the model's own")
     add("--features", help="pixels, digits or inception:FILE; pixels for the digits' size")
     add("--reference", help="digits, FILE.npz, images:DIR, folder:DIR, tfds:NAME or mixture:DIR")
     add("--neighbours", type=int, default=3, help="of precision and recall (3)")
@@ -90,32 +99,79 @@ def _measure(args: argparse.Namespace) -> list[dict[str, Any]]:
     _check(args)
     seeds = _seeds(args.seeds)
     out = output_file.named(args.out)
-    pipe = ClassToImage.load(args.model_dir, args.dtype, args.quantization)
-    asked = (args.guidance_scale, args.guidance, args.guidance_interval)
-    texts = args.schedules.split(",")
-    for text in texts:
-        pipe.check([0], text, *asked)
-    # What is named twice is measured and counted once.
-    plans = list(dict.fromkeys(pipe.plan(text, *asked) for text in texts))
+    wanted = _captions(args)
+    pipe = any_model.load(args.model_dir, args.dtype, args.quantization)
+    if args.image_size is not None:
+        pipe = pipe.at_size(*size_of(args.image_size, "--image-size"))
+    plans = _plans(pipe, args)
     with output_file.reserved(out):
         known = comparison.read_rows(out, own=True) if out.exists() else []
         asked_for = [(plan, seed) for plan in plans for seed in seeds]
-        places = [_image_files(_card(pipe, plan, seed, args), args) for plan, seed in asked_for]
+        cards = [_card(pipe, plan, seed, args, wanted) for plan, seed in asked_for]
+        places = [_image_files(card, args) for card in cards]
         for files in places:  # all of them now, and not after hours of work
             files.begin()
-        with _judges(pipe, args, out) as judges:
+        with _judges(pipe, args, wanted, out) as judges:
             jobs = [
-                Job(plan, _card(pipe, plan, seed, args, judges), files)
+                Job(plan, _card(pipe, plan, seed, args, wanted, judges), files)
                 for (plan, seed), files in zip(asked_for, places, strict=True)
             ]
-            rows = measure(pipe, jobs, judges, out, known)
+            rows = measure(pipe, jobs, judges, out, known, wanted)
         _clean(output_file.work_folder(out))
     return rows
 
 
+def _captions(args: argparse.Namespace) -> Captions | None:
+    """What a model of texts is to show; refuses what means nothing to the model there is."""
+    description = model_directory.describe(args.model_dir)
+    if not description.takes_text:
+        for name in OF_TEXTS:
+            if getattr(args, name) is not None:
+                raise InputError(
+                    f"{_flag(name)} is for models of texts, and {args.model_dir} is one of "
+                    "classes; leave it out"
+                )
+        return None
+    if args.quantization is not None:
+        any_model.refuse_text(args.model_dir, "quantization")
+    if args.captions is None:
+        raise InputError(
+            f"{args.model_dir} takes texts: say which with --captions (captions:DIR, "
+            "digit_captions, or a file of a caption a line)"
+        )
+    if args.reference is None and args.captions != captions.DIGITS:
+        raise InputError(
+            "--reference is missing: real images such as images:DIR, or FILE.npz, to compare with"
+        )
+    if args.image_size is not None:
+        description = description.resized(*size_of(args.image_size, "--image-size"))
+    side = description.image_shape[0]
+    return captions.open_captions(args.captions, side, args.negative_prompt or "")
+
+
+def _plans(pipe: Generation, args: argparse.Namespace) -> list[Plan]:
+    """How to sample; what is named twice is measured and counted once."""
+    asked = (args.guidance_scale, args.guidance, args.guidance_interval)
+    texts = args.schedules.split(",")
+    for text in texts:
+        pipe.check(pipe.placeholders(1), text, *asked)
+    plans = list(dict.fromkeys(pipe.plan(text, *asked) for text in texts))
+    if args.negative_prompt and all(plan.guidance == "none" for plan in plans):
+        raise InputError(
+            "--negative-prompt does nothing where nothing is guided; give --guidance-scale above "
+            "1, or leave it out"
+        )
+    return plans
+
+
 @contextlib.contextmanager
-def _judges(pipe: ClassToImage, args: argparse.Namespace, out: Path) -> Iterator[Judges]:
+def _judges(
+    pipe: Generation, args: argparse.Namespace, wanted: Captions | None, out: Path
+) -> Iterator[Judges]:
     description = pipe.model.description
+    classes = description.predictor.num_classes
+    if wanted is not None and wanted.digits is not None:
+        classes = judging.DIGITS
     with contextlib.ExitStack() as stack:
         with images_done("reference") as show:
             judges = stack.enter_context(
@@ -125,7 +181,7 @@ def _judges(pipe: ClassToImage, args: argparse.Namespace, out: Path) -> Iterator
                     description.image_shape,
                     output_file.work_folder(out) / "reference",
                     say,
-                    classes=description.predictor.num_classes,
+                    classes=classes,
                     on_images=show,
                 )
             )
@@ -140,7 +196,7 @@ def _check(args: argparse.Namespace) -> None:
             raise InputError(
                 f"{_flag(name)} is {getattr(args, name)}; it must be {least} to {2**31}"
             )
-    for name in ("images", "npz", "features", "reference", "guidance"):
+    for name in ("images", "npz", "features", "reference", "guidance", *OF_TEXTS):
         if getattr(args, name) == "":
             raise InputError(f"{_flag(name)} is empty; give a value or leave it out")
     evaluation.labels_of(1, 1, args.labels)
@@ -157,13 +213,14 @@ def _seeds(text: str) -> list[int]:
 
 
 def _card(
-    pipe: ClassToImage,
+    pipe: Generation,
     plan: Plan,
     seed: int,
     args: argparse.Namespace,
+    wanted: Captions | None,
     judges: Judges | None = None,
 ) -> dict[str, Any]:
-    return evaluation.protocol_card(
+    card = evaluation.protocol_card(
         pipe,
         plan,
         seed=seed,
@@ -172,6 +229,7 @@ def _card(
         judges=judges,
         label_sampling=args.labels,
     )
+    return card | ({} if wanted is None else wanted.card)
 
 
 def _image_files(card: dict[str, Any], args: argparse.Namespace) -> ImageFiles:
@@ -192,11 +250,12 @@ class Job(NamedTuple):
 
 
 def measure(
-    pipe: ClassToImage,
+    pipe: Generation,
     jobs: Sequence[Job],
     judges: Judges,
     out: Path,
     known: list[dict[str, Any]],
+    wanted: Captions | None = None,
 ) -> list[dict[str, Any]]:
     """Makes every measurement that is not known yet, or whose images are asked for and not there.
 
@@ -206,6 +265,7 @@ def measure(
       judges: what the samples are judged by.
       out: JSON file: a list of `{"card": ..., "results": ...}`, rewritten whole each time.
       known: the rows in that file; new ones are added.
+      wanted: what images are made of by a model of texts; None for one of classes.
 
     Returns:
       One row per job, in order.
@@ -220,9 +280,8 @@ def measure(
         row = next((row for row in known if row["card"] == card), None)
         if row is None or not files.whole():
             with images_done(_name(card)) as show:
-                results = evaluation.measure(
-                    pipe, plan, judges, card, work, files=files, on_images=show
-                )
+                given = (pipe, plan, judges, card, work)
+                results = evaluation.measure(*given, captions=wanted, files=files, on_images=show)
             if row is None:
                 row = {"card": card, "results": results}
                 known.append(row)

@@ -23,7 +23,7 @@ from flowturbo_jax.commands.progress import images_done
 from flowturbo_jax.guidance import check_interval
 from flowturbo_jax.interfaces import InputError
 from flowturbo_jax.model_directory import Model
-from flowturbo_jax.pipelines import stability
+from flowturbo_jax.pipelines import any_model, stability
 from flowturbo_jax.pipelines.class_to_image import ClassToImage
 from flowturbo_jax.pipelines.plan import Plan
 from flowturbo_jax.pipelines.stability import Samples
@@ -96,6 +96,7 @@ def _check(args: argparse.Namespace) -> None:
 
 
 def _request(args: argparse.Namespace) -> tuple[Model, Plan, Samples, dict[str, Any]]:
+    any_model.refuse_text(args.model_dir, "stability")
     pipe = ClassToImage.load(args.model_dir, args.dtype)
     interval = check_interval(args.guidance_interval)
     plan = pipe.plan(f"E{args.steps}", args.guidance_scale, args.guidance, interval)

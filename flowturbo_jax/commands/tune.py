@@ -25,7 +25,7 @@ from flowturbo_jax.commands import tune_plot
 from flowturbo_jax.commands.entry import LineParser, one_line
 from flowturbo_jax.commands.progress import images_done, say
 from flowturbo_jax.interfaces import InputError
-from flowturbo_jax.pipelines import evaluation, fronts, judging, tuning
+from flowturbo_jax.pipelines import any_model, evaluation, fronts, judging, tuning
 from flowturbo_jax.pipelines.candidates import Space
 from flowturbo_jax.pipelines.class_to_image import ClassToImage
 from flowturbo_jax.pipelines.fine_solution import TOLERANCE
@@ -48,6 +48,7 @@ def main(argv: Sequence[str]) -> None:
         raise InputError("--finalists and --samples must be at least 2")
     if args.metric is None and (args.features or args.reference or args.samples):
         raise InputError("--samples, --features and --reference mean nothing without --metric")
+    any_model.refuse_text(args.model_dir, "tune")
     pipe = ClassToImage.load(args.model_dir, args.dtype)
     exact = pipe if args.dtype == "float32" else ClassToImage.load(args.model_dir, "float32")
     space = tuning.space_for(pipe, _space(args))

@@ -9,12 +9,11 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from flowturbo_jax import path
-from flowturbo_jax.interfaces import InputError, Labels, Latents, State
+from flowturbo_jax.interfaces import InputError, Latents, Rows, State
 from flowturbo_jax.pipelines import programs, stepwise
-from flowturbo_jax.pipelines.class_to_image import ClassToImage
+from flowturbo_jax.pipelines.generation import Generation
 from flowturbo_jax.pipelines.plan import Plan
 from flowturbo_jax.pipelines.timing import Stopwatch, Task, Times
 from flowturbo_jax.sampler import BLOCKS
@@ -40,10 +39,11 @@ class NetworksApart(NamedTuple):
     refiner: Any
     config: Any
     guided_channels: int | None
+    text_encoder: Any
 
 
 def measure(
-    pipe: ClassToImage, plan: Plan, batch_size: int, stopwatch: Stopwatch
+    pipe: Generation, plan: Plan, batch_size: int, stopwatch: Stopwatch
 ) -> dict[str, Times]:
     """Times of one batch's latents, by what is compiled together.
 
@@ -62,7 +62,7 @@ def measure(
     check(plan)
     seeds, indices = jnp.zeros(batch_size, jnp.uint32), jnp.arange(batch_size, dtype=jnp.uint32)
     noise = path.sample_noise(seeds, indices, pipe.model.description.predictor.shape)
-    labels = np.zeros(batch_size, np.int32)
+    labels = pipe.placeholders(batch_size)
     given = jnp.asarray(labels)
     jitted = networks_apart(pipe, JittedNetwork)
     plain = networks_apart(pipe, lambda module: module)
@@ -102,18 +102,20 @@ def check(plan: Plan) -> None:
         )
 
 
-def networks_apart(pipe: ClassToImage, wrap: Callable[[Any], Any]) -> NetworksApart:
+def networks_apart(pipe: Generation, wrap: Callable[[Any], Any]) -> NetworksApart:
     """The networks of a model, each in a wrapper that has `apply`."""
     model = pipe.model
-    refiner = None if model.refiner is None else wrap(model.refiner)
-    description = model.description
-    return NetworksApart(
-        wrap(model.predictor), refiner, description.predictor, description.guided_channels
+    others = (
+        None if module is None else wrap(module) for module in (model.refiner, model.text_encoder)
     )
+    refiner, text_encoder = others
+    description = model.description
+    settings = (description.predictor, description.guided_channels)
+    return NetworksApart(wrap(model.predictor), refiner, *settings, text_encoder)
 
 
 def step_by_step(
-    pipe: ClassToImage, networks: NetworksApart, noise: Latents, labels: Labels, plan: Plan
+    pipe: Generation, networks: NetworksApart, noise: Latents, labels: Rows, plan: Plan
 ) -> Latents:
     """The sampler as Python that calls the networks."""
     scale = jnp.asarray(plan.arguments[0])

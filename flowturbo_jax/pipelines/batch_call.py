@@ -12,7 +12,7 @@ from jax.experimental.compilation_cache import compilation_cache
 
 from flowturbo_jax import path
 from flowturbo_jax.pipelines import programs
-from flowturbo_jax.pipelines.class_to_image import ClassToImage
+from flowturbo_jax.pipelines.generation import Generation
 from flowturbo_jax.pipelines.plan import Plan
 
 
@@ -39,19 +39,21 @@ class BatchCall:
       batch_size: number of images.
 
     Attributes:
-      labels: the classes in turn, `[B]` int32.
+      labels: the classes in turn, `[B]` int32; of a model of texts the ids of empty ones,
+        `[B, 2, L]` int32, which take as long as any.
       start: what noise is drawn from, seeds and indices `[B]` uint32; or where a program begins
         with noise, that.
       shows_images: whether the result is images.
     """
 
-    def __init__(self, pipe: ClassToImage, plan: Plan, batch_size: int):
+    def __init__(self, pipe: Generation, plan: Plan, batch_size: int):
         self.pipe, self.plan, self.batch_size = pipe, plan, batch_size
         description = pipe.model.description
         classes = max(description.predictor.num_classes, 1)
-        self.labels = (np.arange(batch_size) % classes).astype(np.int32)
+        in_turn = (np.arange(batch_size) % classes).astype(np.int32)
+        self.labels = pipe.placeholders(batch_size) if pipe.takes_text else in_turn
         self.start: Any = (np.zeros(batch_size, np.uint32), np.arange(batch_size, dtype=np.uint32))
-        # As ClassToImage decides it.
+        # As the pipeline decides it.
         self.shows_images = description.vae is not None or description.image_shape[-1] in (1, 3)
         if not self.shows_images:
             seeds, indices = (jnp.asarray(numbers) for numbers in self.start)

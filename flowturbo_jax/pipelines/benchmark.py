@@ -13,9 +13,9 @@ from flowturbo_jax.model_description import Description
 from flowturbo_jax.pipelines import ablation, ceiling, evaluation, time_split
 from flowturbo_jax.pipelines.batch_call import BatchCall, Compiled
 from flowturbo_jax.pipelines.ceiling import Ceiling
-from flowturbo_jax.pipelines.class_to_image import ClassToImage
 from flowturbo_jax.pipelines.cold_start import Request, Start
 from flowturbo_jax.pipelines.costs import network_costs
+from flowturbo_jax.pipelines.generation import Generation
 from flowturbo_jax.pipelines.plan import Plan
 from flowturbo_jax.pipelines.time_split import NETWORKS, Split
 from flowturbo_jax.pipelines.timing import Stopwatch
@@ -37,7 +37,7 @@ NOT_HERE = ("seed", "samples", "label_sampling")
 
 
 def measure(
-    pipe: ClassToImage,
+    pipe: Generation,
     plans: Sequence[Plan],
     batch_sizes: Sequence[int],
     stopwatch: Stopwatch,
@@ -168,7 +168,7 @@ def peak_memory(before: int | None, after: int | None, compiled: Compiled) -> tu
     return compiled.memory_bytes, "compiler"
 
 
-def card(pipe: ClassToImage, plan: Plan) -> dict[str, Any]:
+def card(pipe: Generation, plan: Plan) -> dict[str, Any]:
     """What all rows depend on: model, dtype, device, versions."""
     described = _described(pipe, plan, 1)
     kept = {name: described[name] for name in described if name not in OF_A_ROW + NOT_HERE}
@@ -199,13 +199,13 @@ def cold_start_report(request: Request, starts: tuple[Start, Start]) -> dict[str
     }
 
 
-def _described(pipe: ClassToImage, plan: Plan, batch_size: int) -> dict[str, Any]:
+def _described(pipe: Generation, plan: Plan, batch_size: int) -> dict[str, Any]:
     return evaluation.protocol_card(
         pipe, plan, seed=0, samples=batch_size, batch_size=batch_size, judges=None
     )
 
 
-def _ceiling(found: Ceiling, pipe: ClassToImage) -> dict[str, Any]:
+def _ceiling(found: Ceiling, pipe: Generation) -> dict[str, Any]:
     dtype = np.dtype(pipe.model.predictor.dtype).name
     return {
         "flop_per_second": found.flop_per_second,
@@ -215,7 +215,7 @@ def _ceiling(found: Ceiling, pipe: ClassToImage) -> dict[str, Any]:
 
 
 def _ablated(
-    pipe: ClassToImage, plan: Plan, batch_size: int, stopwatch: Stopwatch
+    pipe: Generation, plan: Plan, batch_size: int, stopwatch: Stopwatch
 ) -> Mapping[str, Any]:
     times = ablation.measure(pipe, plan, batch_size, stopwatch)
     ms = {way: 1e3 * found.median / batch_size for way, found in times.items()}

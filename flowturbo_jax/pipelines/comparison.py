@@ -86,7 +86,8 @@ def _is_row(row: Any) -> bool:
     interval = card.get("guidance_interval") or []
     if not isinstance(interval, list) or len(interval) not in (0, 2):
         return False
-    numbers = [*results.values(), card["guidance_scale"], *interval]
+    shown = [number for key, number in results.items() if key in HEADINGS]
+    numbers = [*shown, card["guidance_scale"], *interval]
     return all(type(number) in (int, float) for number in numbers)
 
 

@@ -13,7 +13,8 @@ from flowturbo_jax import parallel, stopping
 from flowturbo_jax.growing_arrays import GrowingArrays
 from flowturbo_jax.interfaces import InputError
 from flowturbo_jax.pipelines import judging
-from flowturbo_jax.pipelines.class_to_image import ClassToImage
+from flowturbo_jax.pipelines.captions import Captions
+from flowturbo_jax.pipelines.generation import Generation
 from flowturbo_jax.pipelines.image_files import ImageFiles
 from flowturbo_jax.pipelines.judging import Judges
 from flowturbo_jax.pipelines.plan import Plan
@@ -32,7 +33,7 @@ class Generated(NamedTuple):
 
     Attributes:
       images: `[N, H, W, C]` uint8.
-      labels: `[N]` int32.
+      labels: what they were made of, `[N]` int32, or `[N, 2, L]` token ids.
       ms_per_image: median over batches of wall time per image, in ms, compilation left out; of a
         single batch, with what a first call costs besides.
       compile_seconds: wall time of tracing and compiling, in s.
@@ -49,7 +50,7 @@ def labels_of(count: int, classes: int, sampling: str = "balanced", seed: int = 
 
     Args:
       count: how many.
-      classes: of the model; without any, all labels are 0.
+      classes: of the model, or the number of captions; without any, all labels are 0.
       sampling: "balanced" for 0, 1, ..., classes - 1, 0, ... or "random" for uniform draws.
       seed: of the draws.
 
@@ -65,22 +66,47 @@ def labels_of(count: int, classes: int, sampling: str = "balanced", seed: int = 
     return (draws.random(count) * max(classes, 1)).astype(np.int32)
 
 
+class _Asked(NamedTuple):
+    """What the images of a measurement are made of.
+
+    Attributes:
+      indices: which class or caption each has, `[N]` int32.
+      rows: what programs get of it, `[N]` int32 or `[N, 2, L]` token ids.
+      labels: what a classifier should see, `[N]` int32; None where it is not known.
+    """
+
+    indices: np.ndarray
+    rows: np.ndarray
+    labels: np.ndarray | None
+
+
+def _asked(pipe: Generation, card: Mapping[str, Any], captions: Captions | None) -> _Asked:
+    classes = pipe.model.description.predictor.num_classes
+    choices = classes if captions is None else len(captions.texts)
+    indices = labels_of(card["samples"], choices, card["label_sampling"], card["seed"])
+    if captions is None:
+        return _Asked(indices, indices, indices)
+    labels = None if captions.digits is None else captions.digits[indices]
+    return _Asked(indices, captions.rows(pipe, indices), labels)
+
+
 def generate(
-    pipe: ClassToImage,
+    pipe: Generation,
     labels: np.ndarray,
     plan: Plan,
     *,
-    seed: int = 0,
+    seed: int | np.ndarray = 0,
     batch_size: int = 250,
     on_batch: Callable[[int], Any] = lambda done: None,
 ) -> Generated:
-    """Samples one image per label, in batches of one shape, on one device.
+    """Samples one image per label or text, in batches of one shape, on one device.
 
     Args:
       pipe: the model.
-      labels: `[N]` int.
-      plan: how to sample, from `ClassToImage.plan`.
-      seed: image i is image i of this seed, whatever the batch size.
+      labels: `[N]` int, or what `TextToImage.tokens` made of texts.
+      plan: how to sample, from `Pipeline.plan`.
+      seed: image i is image i of this seed, whatever the batch size; or `[N]` seeds, of each of
+        which it is the first.
       batch_size: images per call; the last batch is filled up and cut.
       on_batch: called with the number of images a batch added, for a progress bar.
 
@@ -104,8 +130,9 @@ def generate(
     parts, times = [], []
     for first in range(0, len(labels), batch_size):
         wanted = labels[first : first + batch_size]
+        seeds = seed[first : first + batch_size] if np.ndim(seed) else seed
         begin = time.perf_counter()
-        made = pipe(wanted, seeds=seed, first_index=first, batch_size=batch_size, **settings)
+        made = pipe(wanted, seeds=seeds, first_index=first, batch_size=batch_size, **settings)
         parts.append(np.asarray(made))
         times.append((time.perf_counter() - begin) / batch_size)
         on_batch(len(wanted))
@@ -118,15 +145,16 @@ def generate(
 
 
 def measure(
-    pipe: ClassToImage,
+    pipe: Generation,
     plan: Plan,
     judges: Judges,
     card: Mapping[str, Any],
     work: Path,
     *,
+    captions: Captions | None = None,
     files: ImageFiles | None = None,
     on_images: Callable[[int, int], Any] = max,
-) -> dict[str, float]:
+) -> dict[str, Any]:
     """Samples on all devices of this process and scores; goes on where it was interrupted.
 
     Features, not images, are kept, in files that grow batch by batch. Scores do not depend on
@@ -139,13 +167,14 @@ def measure(
       card: of `protocol_card`: samples, seed, labels and batch size are read from it.
       work: folder for what must outlive an interruption. It stays: remove it once the scores are
         stored.
+      captions: what images are made of by a model of texts; None for one of classes.
       files: where the images go; None for nowhere.
       on_images: told how many images are done, and of how many, first of those done before.
 
     Returns:
       `judging.score`, and `ms_per_image`: median over batches of the sampler's wall time per image,
       in ms, without the first batch since the start, which compiles; left out where there is no
-      other.
+      other. Of captions whose digit a classifier looks for `label_accuracy_by_phrasing`, too.
 
     Raises:
       InputError: an image is not finite, or something cannot be written; what was made is kept.
@@ -158,8 +187,7 @@ def measure(
     if files.npz is not None:
         columns["images"] = (np.uint8, shape)
     rows = GrowingArrays(work, dict(card), columns)
-    classes = pipe.model.description.predictor.num_classes
-    labels = labels_of(count, classes, card["label_sampling"], seed)
+    asked = _asked(pipe, card, captions)
     devices = parallel.local_devices()
     size = -(-min(card["batch_size"], count) // devices) * devices
     done = min(rows.rows, written)
@@ -172,17 +200,22 @@ def measure(
             indices = np.minimum(np.arange(first, first + size), count - 1)
             new = min(size, count - first)
             begin = time.perf_counter()
-            made, finite = jax.device_get(sample(seeds, indices.astype(np.uint32), labels[indices]))
+            given = (seeds, indices.astype(np.uint32), asked.rows[indices])
+            made, finite = jax.device_get(sample(*given))
             times.append((time.perf_counter() - begin) / size)
             _refuse_not_finite(finite[:new], first, seed)
             made = made[:new]
             files.add(first, made)
-            found = judging.judge(made, labels[first : first + new], judges)
+            labels = None if asked.labels is None else asked.labels[first : first + new]
+            found = judging.judge(made, labels, judges)
             rows.append(**found, **({} if files.npz is None else {"images": made}))
             on_images(rows.rows, count)
         if stop.is_set():
             raise KeyboardInterrupt
-    scores = judging.score({name: rows.read(name) for name in columns}, judges)
+    scores: dict[str, Any] = judging.score({name: rows.read(name) for name in columns}, judges)
+    if captions is not None and "label_right" in columns:
+        right = np.asarray(rows.read("label_right"))
+        scores["label_accuracy_by_phrasing"] = captions.by_phrasing(asked.indices, right)
     if files.npz is not None:
         files.finish(rows.read("images"))
     return scores | ({"ms_per_image": float(np.median(times[1:])) * 1e3} if times[1:] else {})
@@ -198,7 +231,7 @@ def _refuse_not_finite(finite: np.ndarray, first: int, seed: int) -> None:
 
 
 def protocol_card(
-    pipe: ClassToImage,
+    pipe: Generation,
     plan: Plan,
     *,
     seed: int,
@@ -245,6 +278,10 @@ def protocol_card(
         card["versions"]["qwix"] = importlib.metadata.version("qwix")
     if description.vae is not None:
         card["vae_sha256"] = pipe.model.fingerprints["vae"]
+    if description.takes_text:
+        card["text_encoder_sha256"] = pipe.model.fingerprints["text_encoder"]
+        card["tokenizer_sha256"] = pipe.model.tokenizer.fingerprint
+        card["image_size"] = list(description.image_shape[:2])
     if judges is not None:
         card |= judging.judges_card(judges, samples)
         classes = description.predictor.num_classes

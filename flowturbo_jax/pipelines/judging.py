@@ -101,7 +101,7 @@ def opened(
       work: folder in which the features of a data set are kept until the block is left without an
         error.
       report: told in a line what takes long.
-      classes: of the model; a classifier judges the labels of ten digits only.
+      classes: that images are asked for by; a classifier judges the labels of ten digits only.
       on_images: told how many images of a data set are done, and of how many.
 
     Raises:
@@ -219,12 +219,12 @@ def _distance(a: Statistics, b: Statistics) -> float:
     return frechet_distance(a.mean, a.covariance, b.mean, b.covariance)
 
 
-def judge(made: np.ndarray, labels: np.ndarray, judges: Judges) -> dict[str, np.ndarray]:
+def judge(made: np.ndarray, labels: np.ndarray | None, judges: Judges) -> dict[str, np.ndarray]:
     """The rows that `score` wants of a batch of images.
 
     Args:
       made: `[B, H, W, C]` uint8.
-      labels: `[B]` int, what was asked for.
+      labels: `[B]` int, what was asked for; None where no classifier knows it.
       judges: what to take of them.
     """
     rows = named_features(judges.network.extract(made))

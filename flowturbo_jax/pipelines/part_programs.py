@@ -1,5 +1,6 @@
 """The parts of the sampler as programs of their own, with what the whole program does of each."""
 
+import copy
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
@@ -11,8 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from flowturbo_jax import cost, path, sampler
-from flowturbo_jax.interfaces import Labels, Latents, Moment
+from flowturbo_jax import cost, interfaces, path, sampler
+from flowturbo_jax.interfaces import Latents, Moment
 from flowturbo_jax.model_directory import abstract_params, modules
 from flowturbo_jax.pipelines import programs
 from flowturbo_jax.pipelines.batch_call import BatchCall, shapes_of
@@ -58,7 +59,7 @@ def parts(call: BatchCall, evaluations: Sequence[Rows]) -> list[Part]:
     """
     plan, params, networks = call.plan, call.pipe.params, _networks(call)
     if not plan.schedule.needs_refiner:
-        params = (params[0], None)
+        params = (params[0], None, *params[2:])
     grid, labels = jnp.asarray(plan.schedule.times()), jnp.asarray(call.labels)
     given, start = jax.tree.map(jnp.asarray, (plan.arguments, call.start))  # no transfer is timed
     arguments = (params, labels, *given, grid)
@@ -92,7 +93,7 @@ class _Networks(NamedTuple):
 
     fast: programs.Networks
     countable: programs.Networks
-    params: tuple[Any, Any]
+    params: tuple[Any, ...]
 
 
 def _networks(call: BatchCall) -> _Networks:
@@ -100,6 +101,7 @@ def _networks(call: BatchCall) -> _Networks:
     if not call.plan.schedule.needs_refiner:
         plain["refiner"], model = None, dataclasses.replace(model, refiner=None)
     used = (plain["predictor"], plain.get("refiner"))
+    used += (plain["text_encoder"],) if call.pipe.takes_text else ()
     return _Networks(
         programs.Networks(model),
         programs.Networks(dataclasses.replace(model, **plain)),
@@ -116,11 +118,18 @@ def _fits(arguments: tuple[Any, ...], guidance: str, networks: programs.Networks
     return sum(sizes) <= sampler.PREPARED_BYTES
 
 
-def _labels(call: BatchCall, branches: int) -> Labels:
-    """The labels of all rows of an evaluation: the given ones, and as many that say nothing."""
-    null = call.pipe.model.description.predictor.null_label
-    both = [call.labels, np.full_like(call.labels, null)] if branches == 2 else [call.labels]
-    return jnp.asarray(np.concatenate(both))
+def _labels(call: BatchCall, branches: int) -> interfaces.Rows:
+    """The labels of all rows of an evaluation: the given ones, and as many that say nothing.
+
+    Of texts the negative ones, which are the second of each pair.
+    """
+    if branches == 1:
+        return jnp.asarray(call.labels)
+    if call.pipe.takes_text:
+        null = call.labels[:, ::-1]
+    else:
+        null = np.full_like(call.labels, call.pipe.model.description.predictor.null_label)
+    return jnp.asarray(np.concatenate([call.labels, null]))
 
 
 def _part(
@@ -147,7 +156,7 @@ def _decode(call: BatchCall, networks: _Networks) -> Part:
 def evaluate(
     params: Any,
     x: Latents,
-    labels: Labels,
+    labels: interfaces.Rows,
     grid: Grid,
     prepared: Any,
     indices: Int[Array, " evaluations"],
@@ -156,6 +165,9 @@ def evaluate(
     network: str,
 ) -> Latents:
     """Evaluates a network at some times of a grid, each time at what it returned before."""
+    if prepared is not None:  # so that nothing is asked what the texts mean
+        networks = copy.copy(networks)
+        networks.text_encoder = _FreeTextEncoder()
     flow = programs.make_flow(networks, params, labels, jnp.float32(1), None, "none")
 
     def one(x: Latents, i: Int[Array, ""]) -> tuple[Latents, None]:
@@ -170,7 +182,7 @@ def evaluate(
 @partial(jax.jit, static_argnames=("networks", "guidance"))
 def prepare(
     params: Any,
-    labels: Labels,
+    labels: interfaces.Rows,
     scale: Float[Array, ""],
     interval: Float[Array, "2"] | None,
     grid: Grid,
@@ -185,7 +197,7 @@ def prepare(
 @partial(jax.jit, static_argnames=("networks", "schedule", "guidance"))
 def step(
     start: Latents | tuple[jax.Array, jax.Array],
-    labels: Labels,
+    labels: interfaces.Rows,
     scale: Float[Array, ""],
     interval: Float[Array, "2"] | None,
     *,
@@ -207,8 +219,9 @@ def step(
     shape = networks.config.shape
     noise = path.sample_noise(*start, shape) if isinstance(start, tuple) else start
     refiner = None if networks.refiner is None else _FreeRefiner()
-    free = _FreeNetworks(_FreePredictor(), refiner, networks.config, networks.guided_channels)
-    flow = programs.make_flow(free, (None, None), labels, scale, interval, guidance)
+    settings = (networks.config, networks.guided_channels)
+    free = _FreeNetworks(_FreePredictor(), refiner, *settings, _FreeTextEncoder())
+    flow = programs.make_flow(free, (None, None, None), labels, scale, interval, guidance)
     return sampler.sample(flow, noise, schedule)
 
 
@@ -224,6 +237,11 @@ class _FreeRefiner:
         return jax.lax.optimization_barrier((x, v))[1]
 
 
+class _FreeTextEncoder:
+    def apply(self, variables: Any, ids: jax.Array) -> jax.Array:
+        return jnp.zeros((len(ids), 1, 1))
+
+
 class _FreeNetworks(NamedTuple):
     """As `programs.Networks`, for `programs.make_flow`."""
 
@@ -231,3 +249,4 @@ class _FreeNetworks(NamedTuple):
     refiner: _FreeRefiner | None
     config: Any
     guided_channels: int | None
+    text_encoder: _FreeTextEncoder

@@ -1,14 +1,42 @@
 """Models of the published sizes with random weights: as slow as the real ones."""
 
+from typing import Any
+
 import jax
 import numpy as np
 
 from flowturbo_jax.interfaces import InputError, Params
 from flowturbo_jax.model_description import Description
 from flowturbo_jax.model_directory import Model, abstract_params, modules
-from flowturbo_jax.models import SiTConfig, VAEConfig
+from flowturbo_jax.models import CLIPTextConfig, SiTConfig, UNetConfig, VAEConfig
+from flowturbo_jax.models.unet_config import SIZES as TEXT_SIZES
+from flowturbo_jax.tokenizer import Tokenizer
 
 LATENT_CHANNELS, CLASSES = 4, 1000  # SiT models.py: the published models are for ImageNet
+IMAGE_SIZE, TEXT_IMAGE_SIZE = 256, 512  # of models of classes and of texts, if nobody says
+TEXT_ENCODERS: dict[str, dict[str, Any]] = {  # Stable Diffusion's text_encoder/config.json
+    "SD 1.x U-Net": {
+        "hidden_size": 768,
+        "intermediate_size": 3072,
+        "num_layers": 12,
+        "num_heads": 12,
+        "activation": "quick_gelu",
+    },
+    "SD 2.x U-Net": {
+        "hidden_size": 1024,
+        "intermediate_size": 4096,
+        "num_layers": 23,
+        "num_heads": 16,
+        "activation": "gelu",
+    },
+}
+VOCABULARY = 49408  # tokens of CLIP, the last of which ends a text
+LEARNT = ("a photo of a cat", "a handwritten seven")  # what the stand-in for its tokenizer knows
+
+
+def default_size(size: str) -> int:
+    """Side of the images of a model of a published size, in pixels, if nobody says."""
+    return TEXT_IMAGE_SIZE if size in TEXT_SIZES else IMAGE_SIZE
 
 
 def describe(size: str, image_size: int = 256, vae: bool = True, seed: int = 0) -> Description:
@@ -17,6 +45,11 @@ def describe(size: str, image_size: int = 256, vae: bool = True, seed: int = 0) 
     Raises:
       InputError: no such size, or the image's side does not fit.
     """
+    if size in TEXT_SIZES:
+        return _describe_of_texts(size, image_size, vae, seed)
+    if not size.startswith("SiT"):
+        known = ", ".join(TEXT_SIZES)
+        raise InputError(f"unknown size {size!r}; known are SiT's, such as SiT-XL/2, and {known}")
     factor = VAEConfig().downsampling
     if image_size < factor or image_size % factor:
         raise InputError(f"the image size is {image_size}; it must be a multiple of {factor}")
@@ -39,14 +72,39 @@ def describe(size: str, image_size: int = 256, vae: bool = True, seed: int = 0) 
     )
 
 
+def _describe_of_texts(size: str, image_size: int, vae: bool, seed: int) -> Description:
+    """A text-to-image U-Net at FlowTurbo's settings, with the text encoder of its size."""
+    fields = TEXT_SIZES[size]
+    least = UNetConfig((64, 64), **fields).downsampling
+    step = least * VAEConfig().downsampling
+    if image_size < step or image_size % step:
+        raise InputError(f"the image size is {image_size}; it must be a multiple of {step}")
+    side = image_size // VAEConfig().downsampling
+    predictor = UNetConfig((side, side), **fields)
+    return Description(
+        family="unet",
+        predictor=predictor,
+        refiner=predictor.refiner(),
+        vae=VAEConfig() if vae else None,
+        class_names=(),
+        guidance="paired",
+        guidance_scale=1.5,
+        guided_channels=None,
+        source={"weights": f"random, seed {seed}"},
+        text_encoder=CLIPTextConfig(
+            vocab_size=VOCABULARY, end_token=VOCABULARY - 1, **TEXT_ENCODERS[size]
+        ),
+    )
+
+
 def random_model(
     size: str, image_size: int = 256, vae: bool = True, dtype: str = "float32", seed: int = 0
 ) -> Model:
-    """A predictor, its refiner and perhaps a VAE.
+    """A predictor, its refiner and perhaps a VAE; of texts a text encoder and a tokenizer, too.
 
     Args:
-      size: such as "SiT-XL/2".
-      image_size: side of the images, in pixels; a multiple of 8 times the patch.
+      size: such as "SiT-XL/2", or "SD 1.x U-Net".
+      image_size: side of the images, in pixels; a multiple of 8 times the patch, or of 64.
       vae: with the Stable Diffusion VAE's decoder, or latents alone.
       dtype: of the networks' matrix products.
       seed: of the weights, 0 or more.
@@ -58,7 +116,9 @@ def random_model(
       InputError: as `describe`, or no such dtype.
     """
     description = describe(size, image_size, vae, seed)
-    loaded = {}
+    loaded: dict[str, Any] = {}
+    if description.takes_text:
+        loaded["tokenizer"] = Tokenizer.learn(LEARNT, 1000, description.text_encoder.max_length)
     built = modules(description, dtype, fast_attention=True)
     for index, (network, module) in enumerate(built.items()):
         loaded[network] = module

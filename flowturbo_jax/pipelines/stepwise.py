@@ -14,9 +14,9 @@ import numpy as np
 
 from flowturbo_jax import sampler
 from flowturbo_jax.guidance import inside
-from flowturbo_jax.interfaces import Labels, Latents, Memory, State, Time
+from flowturbo_jax.interfaces import Latents, Memory, Rows, State, Time
 from flowturbo_jax.pipelines import programs
-from flowturbo_jax.pipelines.class_to_image import ClassToImage
+from flowturbo_jax.pipelines.generation import Generation
 from flowturbo_jax.pipelines.plan import Plan
 
 STATIC = ("networks", "guidance", "block")
@@ -26,7 +26,7 @@ STATIC = ("networks", "guidance", "block")
 def _step(
     params: Any,
     state: State,
-    labels: Labels,
+    labels: Rows,
     scale: jax.Array,
     interval: jax.Array | None,
     t: Time,
@@ -45,7 +45,7 @@ def _step(
 def _predict(
     params: Any,
     x: Latents,
-    labels: Labels,
+    labels: Rows,
     scale: jax.Array,
     interval: jax.Array | None,
     t: Time,
@@ -58,14 +58,14 @@ def _predict(
 
 
 def sample_latents(
-    pipe: ClassToImage, noise: Latents | np.ndarray, labels: np.ndarray, plan: Plan
+    pipe: Generation, noise: Latents | np.ndarray, labels: np.ndarray, plan: Plan
 ) -> Latents:
-    """As `ClassToImage.sample_latents`, to rounding.
+    """As `Generation.sample_latents`, to rounding.
 
     Args:
       pipe: the model.
       noise: `[B, H, W, C]` float32.
-      labels: `[B]` int32.
+      labels: `[B]` int32, or `[B, 2, L]` token ids.
       plan: how to sample.
 
     Returns:
@@ -86,7 +86,7 @@ def sample_latents(
     return state.x
 
 
-def _no_memory(pipe: ClassToImage, noise: Latents, labels: Any, plan: Plan) -> Memory:
+def _no_memory(pipe: Generation, noise: Latents, labels: Any, plan: Plan) -> Memory:
     """Zeros in the shape of a memory, for blocks that write before they read."""
     networks = programs.Networks(pipe.model)
     memory = jax.eval_shape(
@@ -112,7 +112,7 @@ class Costs:
 
     def __init__(
         self,
-        pipe: ClassToImage,
+        pipe: Generation,
         batch_size: int,
         known: MutableMapping[str, float] | None = None,
         repeats: int = 5,

@@ -7,8 +7,10 @@ from absl import logging
 
 from flowturbo_jax import model_directory
 from flowturbo_jax.model_description import Description
-from flowturbo_jax.pipelines import program_cache, random_model
+from flowturbo_jax.pipelines import any_model, program_cache, random_model
 from flowturbo_jax.pipelines.class_to_image import ClassToImage
+from flowturbo_jax.pipelines.generation import Generation
+from flowturbo_jax.pipelines.text_to_image import TextToImage
 from flowturbo_jax.quantization import check_kind, quantize
 
 
@@ -17,7 +19,7 @@ class Subject(NamedTuple):
 
     Attributes:
       directory: path of a model directory or name of a shipped one; None for random weights.
-      size: such as "SiT-XL/2", where there is no directory.
+      size: such as "SiT-XL/2" or "SD 1.x U-Net", where there is no directory.
       image_size: side of the images of that size, in pixels.
       vae: with a VAE's decoder, or latents alone.
     """
@@ -49,7 +51,7 @@ class Subject(NamedTuple):
         dtype: str,
         quantization: str | None = None,
         say: Callable[[str], Any] = logging.info,
-    ) -> ClassToImage:
+    ) -> Generation:
         """The model, ready to sample.
 
         Args:
@@ -61,8 +63,9 @@ class Subject(NamedTuple):
           InputError: it cannot be loaded.
         """
         if self.directory is not None:
-            return ClassToImage.load(self.directory, dtype, quantization, say)
+            return any_model.load(self.directory, dtype, quantization, say)
         check_kind(quantization)
         with program_cache.preparing():
             model = random_model.random_model(str(self.size), self.image_size, self.vae, dtype)
-        return ClassToImage(model if quantization is None else quantize(model, quantization), say)
+        kind = TextToImage if model.description.takes_text else ClassToImage
+        return kind(model if quantization is None else quantize(model, quantization), say)
