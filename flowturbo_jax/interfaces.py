@@ -94,7 +94,10 @@ class State(NamedTuple):
     Attributes:
       x: the point on the path, `[B, ...]` float.
       memory: what the block before handed on (PAPER: "velocity handed on"), a pytree.
+      history: for multistep blocks, the memories that the last K steps started from, behind a first
+        axis `[K]`, the newest last; None in a schedule that has no such block.
     """
 
     x: Latents
     memory: Memory
+    history: Memory | None = None

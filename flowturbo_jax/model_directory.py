@@ -44,6 +44,7 @@ class Model:
       text_encoder: module `(ids) -> states` of a model that takes text, or None.
       text_encoder_params: its parameters, or None.
       tokenizer: what turns its texts into ids, or None.
+      directory: where it was loaded from, and its solvers are; None for a model made otherwise.
     """
 
     description: Description
@@ -56,6 +57,7 @@ class Model:
     text_encoder: CLIPText | None = None
     text_encoder_params: Params | None = None
     tokenizer: Tokenizer | None = None
+    directory: Path | None = None
 
     @functools.cached_property
     def fingerprints(self) -> dict[str, str | None]:
@@ -137,7 +139,7 @@ def load(name: str | Path, dtype: str = "float32") -> Model:
         loaded[f"{network}_params"] = load_network(directory, network, module, description)
     if description.takes_text:
         loaded["tokenizer"] = load_tokenizer(directory, description)
-    return Model(description, **loaded)
+    return Model(description, **loaded, directory=directory)
 
 
 def modules(

@@ -12,7 +12,8 @@ from jaxtyping import Array, Float
 
 from flowturbo_jax import blocks
 from flowturbo_jax.interfaces import Flow, InputError, Latents, Moment, State, Time, Timeless
-from flowturbo_jax.schedule import Schedule
+from flowturbo_jax.multistep import Solver, check_solver, step_weights
+from flowturbo_jax.schedule import ADAMS, Schedule
 
 BLOCKS = {
     "E": blocks.euler,
@@ -21,6 +22,8 @@ BLOCKS = {
     "R": blocks.refine,
     "Rc": partial(blocks.refine, chained=True),
 }
+MULTISTEP = dict.fromkeys(ADAMS, blocks.multistep)  # these take a row of weights, too
+MULTISTEP |= {"S": blocks.multistep, "Rs": blocks.refined_multistep}
 
 INVERSION = "H1P11"  # as exact as H12, for half the evaluations (docs/tasks.md)
 
@@ -38,6 +41,7 @@ def sample(
     schedule: Schedule | str,
     t_start: float | Time = 0.0,
     after_step: AfterStep | None = None,
+    solver: Solver | None = None,
 ) -> Latents:
     """Integrates the flow from t_start to 1. Pure: jit, vmap and grad work on it.
 
@@ -51,15 +55,17 @@ def sample(
       t_start: flow time of `noise`, in [0, 1); may be traced.
       after_step: `(state, t) -> state`, applied after every step at the time it reached, for
         instance to keep the known part of an image.
+      solver: the numbers of a learnt schedule, such as S5; they may be traced.
 
     Returns:
       The data end of the path, shape and dtype of noise.
 
     Raises:
       InputError: the schedule is wrong or refines without a refiner, the velocity's shape or dtype
-        is not x's, or t_start is outside [0, 1).
+        is not x's, t_start is outside [0, 1), or the solver's numbers are not such as the schedule
+        needs.
     """
-    state, _ = integrate(flow, noise, schedule, t_start, after_step)
+    state, _ = integrate(flow, noise, schedule, t_start, after_step, solver=solver)
     return state.x
 
 
@@ -72,6 +78,7 @@ def integrate(
     observe: Callable[[State], Any] | None = None,
     rewind: Rewind | None = None,
     tries: int = 1,
+    solver: Solver | None = None,
 ) -> tuple[State, Any]:
     """As `sample`, but returns the last state, and what `observe(state)` gave after each step.
 
@@ -85,6 +92,7 @@ def integrate(
       rewind: `(state, t, t_before, number) -> state`, how a state at t goes back to t_before, where
         the step is made again; number is of the step and the try, `[]` int32, for noise of its own.
       tries: how often each step is made, at least 1; without rewind it must be 1.
+      solver: as in `sample`.
 
     Returns:
       The last state, and the records stacked along a new first axis `[steps, ...]` (or None).
@@ -95,8 +103,11 @@ def integrate(
     schedule = _checked(flow, noise, schedule)
     if tries < 1 or (tries > 1 and rewind is None):
         raise InputError(f"tries is {tries}; it must be 1 or more, and without rewind it must be 1")
-    grid = schedule.time_grid(t_start, noise.dtype)
-    return _follow(flow, noise, schedule, grid, after_step, observe, rewind, tries)
+    check_solver(solver, schedule)
+    times = None if solver is None else solver.times
+    grid = schedule.time_grid(t_start, noise.dtype, times)
+    weights = step_weights(schedule, solver)
+    return _follow(flow, noise, schedule, grid, weights, after_step, observe, rewind, tries)
 
 
 def invert(
@@ -110,24 +121,35 @@ def invert(
     Args:
       flow: the vector field.
       data: `[B, ...]` float.
-      schedule: which block makes each step; R is trained to go forward only.
+      schedule: which block makes each step; R is trained, and S learnt, to go forward only.
       t_end: flow time to reach, in [0, 1); may be traced.
 
     Returns:
       The point at t_end, shape and dtype of data.
 
     Raises:
-      InputError: as in `sample`, or the schedule refines.
+      InputError: as in `sample`, or the schedule refines or is learnt.
     """
-    schedule = _checked(flow, data, schedule)
-    if schedule.needs_refiner:
-        raise InputError(
-            f"schedule {schedule} refines, and a refiner is trained to go from noise to data only; "
-            "invert with a schedule of E, H and P"
-        )
+    schedule = check_reversible(_checked(flow, data, schedule))
     grid = schedule.time_grid(t_end, data.dtype)[::-1]
-    state, _ = _follow(flow, data, schedule, grid)
+    weights = step_weights(schedule, backwards=True)
+    state, _ = _follow(flow, data, schedule, grid, weights)
     return state.x
+
+
+def check_reversible(schedule: Schedule) -> Schedule:
+    """A schedule that can go from data to noise.
+
+    Raises:
+      InputError: it refines, or is learnt.
+    """
+    if schedule.needs_refiner or schedule.learnt:
+        why = "refines, and a refiner" if schedule.needs_refiner else "is learnt, and a solver"
+        raise InputError(
+            f"schedule {schedule} {why} goes from noise to data only; invert with a schedule of "
+            f"E, H, P and A, such as {INVERSION}"
+        )
+    return schedule
 
 
 def _checked(flow: Flow, x: Latents, schedule: Schedule | str) -> Schedule:
@@ -154,6 +176,7 @@ def _follow(
     x: Latents,
     schedule: Schedule,
     grid: Float[Array, " times"],
+    weights: Any = None,
     after_step: AfterStep | None = None,
     observe: Callable[[State], Any] | None = None,
     rewind: Rewind | None = None,
@@ -161,23 +184,27 @@ def _follow(
 ) -> tuple[State, Any]:
     """Makes the schedule's steps along a grid, which may rise or fall; see `integrate`."""
     moment = _moments(flow, grid)
-    state = State(x, _first_memory(flow, x, schedule, moment(0)))
+    state = _first_state(flow, x, schedule, moment(0))
+    if weights is not None:
+        weights = jnp.asarray(weights, x.dtype)
     records = []
     for run, first, last in schedule.intervals():
-        block = BLOCKS[run.block]
 
-        def once(state, i, block=block):
-            state = block(flow, state, moment(i), moment(i + 1))
+        def once(state, i, block=run.block):
+            state = make_step(flow, state, moment(i), moment(i + 1), block, weights, i)
             if after_step is not None:
+                history = state.history
                 state = after_step(state, grid[i + 1])
                 if not isinstance(state, State):
                     raise InputError("after_step must return a State, as state._replace(x=...)")
+                state = state._replace(history=history)  # of networks, not of what is put in x
             return state
 
         def step(state, i, once=once):
             def again(state, attempt):
                 number = i * tries + attempt
-                return rewind(once(state, i), grid[i + 1], grid[i], number), None
+                before = rewind(once(state, i), grid[i + 1], grid[i], number)
+                return before._replace(history=state.history), None
 
             if tries > 1:
                 state, _ = jax.lax.scan(again, state, jnp.arange(tries - 1))
@@ -187,6 +214,31 @@ def _follow(
         state, record = jax.lax.scan(step, state, jnp.arange(first, last))
         records.append(record)
     return state, jax.tree.map(lambda *parts: jnp.concatenate(parts), *records)
+
+
+def make_step(
+    flow: Flow,
+    state: State,
+    t: Time | Moment,
+    t_next: Time | Moment,
+    block: str,
+    weights: Any = None,
+    i: Any = 0,
+) -> State:
+    """One step of a block.
+
+    Args:
+      flow: the vector field.
+      state: at t.
+      t: flow time of the state.
+      t_next: flow time to reach.
+      block: its letters.
+      weights: of all steps, from `step_weights`; only multistep blocks read them.
+      i: which step it is; may be traced.
+    """
+    if block in MULTISTEP:
+        return MULTISTEP[block](flow, state, t, t_next, weights[i])
+    return BLOCKS[block](flow, state, t, t_next)
 
 
 def _moments(flow: Flow, grid: Float[Array, " times"]) -> Callable[[Any], Time | Moment]:
@@ -228,10 +280,33 @@ def _is_timeless(leaf: Any) -> bool:
     return isinstance(leaf, Timeless)
 
 
-def _first_memory(flow: Flow, noise: Latents, schedule: Schedule, t: Time | Moment) -> Any:
-    """The memory to start from, after checking once that the flow fits x.
+def empty_history(schedule: Schedule, memory: Any) -> Any:
+    """Zeros in the place of memories that there are none of yet; None where none is remembered.
 
-    Only a leading P reads it, and evaluates it; other blocks overwrite it, so zeros serve.
+    Args:
+      schedule: which says how many are.
+      memory: one of them, or its shapes and dtypes.
+    """
+    if not schedule.remembered:
+        return None
+    count = (schedule.remembered,)
+    return jax.tree.map(lambda leaf: jnp.zeros(count + leaf.shape, leaf.dtype), memory)
+
+
+def _first_state(flow: Flow, noise: Latents, schedule: Schedule, t: Time | Moment) -> State:
+    """The state to start from, after checking once that the flow fits x.
+
+    Only a leading P reads its memory, and evaluates it; other blocks overwrite it, so zeros serve.
+    So do they in the history, where weights of steps that were not made are zero.
+
+    Args:
+      flow: the vector field.
+      noise: x at t.
+      schedule: what is to be made of it.
+      t: flow time of the first step.
+
+    Raises:
+      InputError: the velocity's shape or dtype is not x's, or an offset's not the memory's.
     """
     memory = jax.eval_shape(flow.predict, noise, t)
     velocity = jax.eval_shape(flow.drift, memory)
@@ -247,9 +322,11 @@ def _first_memory(flow: Flow, noise: Latents, schedule: Schedule, t: Time | Mome
                 f"the refiner's offset is {jax.tree.map(_form, offset)} for a memory of "
                 f"{jax.tree.map(_form, memory)}; both must agree"
             )
+    history = empty_history(schedule, memory)
     if schedule.runs[0].block == "P":
-        return flow.predict(noise, t)
-    return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), memory)
+        return State(noise, flow.predict(noise, t), history)
+    zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), memory)
+    return State(noise, zeros, history)
 
 
 def _form(leaf: Any) -> str:

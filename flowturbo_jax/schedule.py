@@ -1,7 +1,8 @@
 """Schedules: which block makes each step, as text and as validated data.
 
 "H1P5R3" is one Heun step, five pseudo corrector steps, three refiner steps, in that order;
-"H1P5R3@0.5" are the same on a time grid that is finer near the data. Source: PAPER section 2.
+"H1P5R3@0.5" are the same on a time grid that is finer near the data. "A2x8" is eight steps of
+Adams-Bashforth's method of order 2, "S5" a learnt solver of five steps. Source: PAPER section 2.
 """
 
 import dataclasses
@@ -18,21 +19,31 @@ from flowturbo_jax.interfaces import InputError
 
 # letter: (predictor evaluations, refiner evaluations, needs a remembered velocity)
 EVALUATIONS = {"E": (1, 0), "H": (2, 0), "P": (1, 0), "R": (0, 2), "Rc": (0, 2)}
+EVALUATIONS |= {"A2": (1, 0), "A3": (1, 0), "A4": (1, 0), "S": (1, 0), "Rs": (0, 1)}
 NAMES = {
     "E": "Euler",
     "H": "Heun",
     "P": "pseudo corrector",
     "R": "refiner",
     "Rc": "refiner, chained rule",
+    "S": "learnt multistep solver",
 }
+ADAMS = {"A2": 2, "A3": 3, "A4": 4}  # Adams-Bashforth's methods, and their orders
+LEARNT_ROWS = ("S", "Rs")  # steps whose weights are learnt; Rs is what R is in their company
+REFINERS = ("R", "Rc", "Rs")
 GRAMMAR = (
     "a schedule is runs such as H1P5R3: a letter "
     "(" + ", ".join(f"{letter} {name}" for letter, name in NAMES.items()) + ") and a number of "
-    "steps each; (H1P1R1)x2 repeats, and @0.5 at the end shifts the time grid"
+    "steps each; A2x8 is 8 steps of Adams-Bashforth of order 2 (to 4), (H1P1R1)x2 repeats, and "
+    "@0.5 at the end shifts the time grid (or @cosine, @sigmoid, @learnt)"
 )
 _TOKEN = re.compile(
-    r"\s*(?:(?P<run>[A-Za-z]+)(?P<steps>[0-9]{1,9})|(?P<open>\()|\)x(?P<times>[0-9]{1,9}))\s*"
+    r"\s*(?:(?P<adams>A[0-9]+)x(?P<adams_steps>[0-9]{1,9})"
+    r"|(?P<run>[A-Za-z]+)(?P<steps>[0-9]{1,9})|(?P<open>\()|\)x(?P<times>[0-9]{1,9}))\s*"
 )
+SHIFTED, COSINE, SIGMOID, LEARNT = "shifted", "cosine", "sigmoid", "learnt"
+SPACINGS = (SHIFTED, COSINE, SIGMOID, LEARNT)
+_STEEPNESS = 3.0  # the sigmoid grid is of the logistic curve on [-3, 3], as in its source
 _SHIFT = re.compile(r"[0-9]{1,4}(\.[0-9]{1,9})?")
 MAX_STEPS = 10_000  # a typing error, not a schedule
 SHIFT_DIGITS = 6  # as many are kept, so that the text says all of it
@@ -44,7 +55,8 @@ class Run:
     """A number of equal blocks in a row.
 
     Attributes:
-      block: "E", "H", "P", "R" (the official sampler's rule) or "Rc" (the chained rule).
+      block: "E", "H", "P", "R" (the official sampler's rule), "Rc" (the chained rule), "A2" to "A4"
+        (Adams-Bashforth), "S" (learnt), or "Rs", which is what R is in a schedule with S.
       steps: how many, at least 1.
     """
 
@@ -60,10 +72,13 @@ class Schedule:
       runs: the runs in order, neighbouring runs of one block merged.
       shift: of the time grid; 1 is uniform, above 1 steps are finer near the noise, below 1 near
         the data; see `time_grid`.
+      spacing: of the time grid: "shifted", "cosine", "sigmoid", or "learnt": a solver's numbers say
+        it. A schedule with S has that.
     """
 
     runs: tuple[Run, ...]
     shift: float = 1.0
+    spacing: str = SHIFTED
 
     def __post_init__(self):
         shift = self.shift
@@ -75,8 +90,12 @@ class Schedule:
                 f"[{1 / MAX_SHIFT:g}, {MAX_SHIFT:g}], 1 being the uniform grid"
             )
         object.__setattr__(self, "shift", round(float(shift), SHIFT_DIGITS))
+        if self.spacing not in SPACINGS:
+            raise InputError(f"the spacing is {self.spacing!r}; known are {', '.join(SPACINGS)}")
+        if self.spacing != SHIFTED and self.shift != 1:
+            raise InputError(f"a time grid is shifted or {self.spacing}, not both; leave one out")
         runs = []
-        for block, group in groupby(self.runs, key=lambda run: run.block):
+        for block, group in groupby(self._companions(), key=lambda run: run.block):
             if block not in EVALUATIONS:
                 raise InputError(f"unknown block {block!r} in schedule; {GRAMMAR}")
             steps = [run.steps for run in group]
@@ -88,18 +107,36 @@ class Schedule:
             raise InputError(f"the schedule is empty; {GRAMMAR}")
         if self.steps > MAX_STEPS:
             raise InputError(f"the schedule has {self.steps} steps; at most {MAX_STEPS} are taken")
-        if runs[0].block in ("R", "Rc"):
+        if runs[0].block in REFINERS:
             raise InputError(
                 f"schedule {self} starts with {runs[0].block}, but there is no velocity to refine "
                 "yet; begin with H, P or E"
             )
+        if self.learns_weights:
+            if self.spacing not in (SHIFTED, LEARNT) or self.shift != 1:
+                raise InputError(
+                    f"the time grid of {self} is learnt with S; leave out what follows @"
+                )
+            object.__setattr__(self, "spacing", LEARNT)
+
+    def _companions(self) -> list[Run]:
+        """The runs, with R as it is in the company of S, where its weights are learnt, too."""
+        blocks = {run.block for run in self.runs}
+        if "S" not in blocks:
+            if "Rs" in blocks:
+                raise InputError("Rs is the refiner of schedules with S, and there is no S")
+            return list(self.runs)
+        if "Rc" in blocks:
+            raise InputError("beside S the refiner has no chained rule; write R, which is learnt")
+        return [Run("Rs", run.steps) if run.block == "R" else run for run in self.runs]
 
     @classmethod
     def parse(cls, text: "str | Schedule") -> "Schedule":
         """Reads a schedule; a Schedule is returned as it is. Runs of 0 steps are left out.
 
         Args:
-          text: such as "H1P5R3", "P5H7R3", "(H1P1R1)x2", "E10", "H1P5Rc3" or "H1P5R3@0.5".
+          text: such as "H1P5R3", "P5H7R3", "(H1P1R1)x2", "E10", "H1P5Rc3", "H1P5R3@0.5",
+            "H1A3x6@cosine", "S5" or "S4R1".
 
         Raises:
           InputError: it is empty, has no steps, an unknown letter, starts with R or cannot be read.
@@ -110,9 +147,13 @@ class Schedule:
             raise InputError(f"schedule is {text!r}, not text; {GRAMMAR}")
         shown = _shorten(text.strip())
         text, at, shift = text.strip().partition("@")
-        if at and not _SHIFT.fullmatch(shift.strip()):
+        shift, spacing = shift.strip(), SHIFTED
+        if shift in SPACINGS[1:]:
+            shift, spacing = "1", shift
+        elif at and not _SHIFT.fullmatch(shift):
             raise InputError(
-                f"schedule {shown!r} has the shift {_shorten(shift)!r}; write a number such as @0.5"
+                f"schedule {shown!r} has the shift {_shorten(shift)!r}; write a number such as "
+                f"@0.5, or @{', @'.join(SPACINGS[1:])}"
             )
         stack: list[list[Run]] = [[]]
         position = 0
@@ -123,13 +164,14 @@ class Schedule:
                     f"schedule {shown!r} cannot be read at {_shorten(text[position:])!r}; {GRAMMAR}"
                 )
             position = token.end()
-            if token["run"]:
-                if token["run"] not in EVALUATIONS:
+            block, steps = token["adams"] or token["run"], token["adams_steps"] or token["steps"]
+            if block:
+                if block not in EVALUATIONS or (block in ADAMS) != bool(token["adams"]):
                     raise InputError(
-                        f"unknown block {_shorten(token['run'])!r} in schedule {shown!r}; {GRAMMAR}"
+                        f"unknown block {_shorten(block)!r} in schedule {shown!r}; {GRAMMAR}"
                     )
-                if int(token["steps"]):
-                    stack[-1].append(Run(token["run"], int(token["steps"])))
+                if int(steps):
+                    stack[-1].append(Run(block, int(steps)))
             elif token["open"]:
                 stack.append([])
             else:
@@ -144,13 +186,15 @@ class Schedule:
             raise InputError(f"schedule {shown!r} has an open bracket; close it, as in (H1P1R1)x2")
         if not stack[0]:
             raise InputError(f"schedule {shown!r} has no steps; {GRAMMAR}")
-        return cls(tuple(stack[0]), float(shift) if at else 1.0)
+        return cls(tuple(stack[0]), float(shift) if at else 1.0, spacing)
 
     def __str__(self) -> str:
         """Text that parses back to this schedule; a whole repetition is written as one."""
         # Fixed-point, which parses back, and without the zeros that say nothing.
         shift = "" if self.shift == 1 else f"@{self.shift:.{SHIFT_DIGITS}f}".rstrip("0").rstrip(".")
-        runs = [f"{run.block}{run.steps}" for run in self.runs]
+        if self.spacing != SHIFTED and not self.learns_weights:
+            shift = f"@{self.spacing}"
+        runs = [_run_text(run) for run in self.runs]
         for period in range(2, len(runs) // 2 + 1):
             times, rest = divmod(len(runs), period)
             if not rest and runs == runs[:period] * times:
@@ -177,6 +221,40 @@ class Schedule:
         return sum(EVALUATIONS[run.block][1] * run.steps for run in self.runs)
 
     @property
+    def learns_weights(self) -> bool:
+        """Whether there are steps whose weights are learnt."""
+        return any(self.learnt_rows)
+
+    @property
+    def learnt(self) -> bool:
+        """Whether a solver's numbers are needed: its time grid, and maybe weights."""
+        return self.spacing == LEARNT
+
+    @property
+    def remembered(self) -> int:
+        """How many velocities are remembered, that of the step at hand included; 0 for none.
+
+        A learnt step may use all that there are by then, Adams-Bashforth as many as its order.
+        """
+        most = 0
+        for run, first, last in self.intervals():
+            if run.block in LEARNT_ROWS:
+                most = max(most, last)
+            elif run.block in ADAMS:
+                most = max(most, min(ADAMS[run.block], first + run.steps))
+        return most
+
+    @property
+    def orders(self) -> tuple[int, ...]:
+        """The order of each step that is Adams-Bashforth's; 0 for the others."""
+        return tuple(ADAMS.get(run.block, 0) for run in self.runs for _ in range(run.steps))
+
+    @property
+    def learnt_rows(self) -> tuple[bool, ...]:
+        """Of each step whether its weights are learnt."""
+        return tuple(run.block in LEARNT_ROWS for run in self.runs for _ in range(run.steps))
+
+    @property
     def blocks(self) -> frozenset[str]:
         """The letters of the blocks that occur."""
         return frozenset(run.block for run in self.runs)
@@ -186,35 +264,62 @@ class Schedule:
         """Whether any step is made by the refiner."""
         return self.refiner_evaluations > 0
 
-    def time_grid(self, t_start: float | jax.Array = 0.0, dtype: Any = jnp.float32) -> jax.Array:
+    def time_grid(
+        self,
+        t_start: float | jax.Array = 0.0,
+        dtype: Any = jnp.float32,
+        times: Any = None,
+    ) -> jax.Array:
         """Flow times of all steps, `[steps + 1]`, from t_start to exactly 1.
 
         With u = 1 - i / N the share of the way that is left, and s the shift,
-        t_i = 1 - (1 - t_start) s u / (1 + (s - 1) u); uniform for s = 1.
+        t_i = 1 - (1 - t_start) s u / (1 + (s - 1) u); uniform for s = 1. A cosine grid has
+        t_i = 1 - (1 - t_start) (1 - cos(pi u)) / 2, a sigmoid grid the logistic curve on [-3, 3] in
+        that place: both are finer at both ends.
 
         Args:
           t_start: where to start, in [0, 1); may be traced.
           dtype: dtype of the grid.
+          times: of a learnt grid, from 0 to 1, `[steps + 1]`; may be traced.
 
         Raises:
-          InputError: a concrete t_start is outside [0, 1).
+          InputError: a concrete t_start is outside [0, 1), or a learnt grid has no times.
 
         Source: PAPER section 1, t_i = i / N; the shift is that of Esser et al. 2024, "Scaling
-          Rectified Flow Transformers for High-Resolution Image Synthesis", eq. 23.
+          Rectified Flow Transformers for High-Resolution Image Synthesis", eq. 23; the curves are
+          those of Chen 2023, "On the Importance of Noise Scheduling for Diffusion Models".
         """
         if not isinstance(t_start, jax.core.Tracer) and not 0 <= float(t_start) < 1:
             raise InputError(f"t_start is {float(t_start)}; it must lie in [0, 1), 0 being noise")
-        left = jnp.asarray(self._left(), dtype)
+        if self.learnt and times is not None:
+            left = 1 - jnp.asarray(times, dtype)
+        else:
+            left = jnp.asarray(self.left(), dtype)
         return 1 - (1 - jnp.asarray(t_start, dtype)) * left
 
     def times(self) -> np.ndarray:
         """The time grid from 0, `[steps + 1]` float32, without compiling anything."""
-        return 1 - self._left().astype(np.float32)
+        return 1 - self.left().astype(np.float32)
 
-    def _left(self) -> np.ndarray:
-        """The share of the way that is left at each time, from exactly 1 to exactly 0, float64."""
+    def left(self) -> np.ndarray:
+        """The share of the way that is left at each time, from exactly 1 to exactly 0, float64.
+
+        Raises:
+          InputError: the grid is learnt, so that the schedule alone does not say it.
+        """
+        if self.learnt:
+            raise InputError(
+                f"the time grid of {self} is learnt: it is in the numbers of a solver, which "
+                "python -m flowturbo_jax solve finds for a model"
+            )
         s, uniform = self.shift, np.arange(self.steps, -1, -1) / self.steps
-        left = s * uniform / (1 + (s - 1) * uniform)
+        if self.spacing == COSINE:
+            left = (1 - np.cos(np.pi * uniform)) / 2
+        elif self.spacing == SIGMOID:
+            curve = 1 / (1 + np.exp(-_STEEPNESS * (2 * uniform - 1)))
+            left = (curve - curve[-1]) / (curve[0] - curve[-1])
+        else:
+            left = s * uniform / (1 + (s - 1) * uniform)
         left[0] = 1  # not always, by rounding
         return left
 
@@ -224,6 +329,12 @@ class Schedule:
         for run in self.runs:
             ends.append(ends[-1] + run.steps)
         return [(run, i, j) for run, (i, j) in zip(self.runs, pairwise(ends), strict=True)]
+
+
+def _run_text(run: Run) -> str:
+    if run.block in ADAMS:
+        return f"{run.block}x{run.steps}"
+    return f"{'R' if run.block == 'Rs' else run.block}{run.steps}"
 
 
 def _shorten(text: str) -> str:

@@ -54,7 +54,7 @@ def step():
 def test_euler_follows_the_velocity_and_hands_it_on(step):
     x, m, t, t_next = step
     recorder = Recorder()
-    x1, memory = blocks.euler(recorder.flow, State(x, m), t, t_next)
+    x1, memory, _ = blocks.euler(recorder.flow, State(x, m), t, t_next)
     v = velocity(x, t)
     np.testing.assert_allclose(x1, x + 0.25 * v, **EXACT)
     np.testing.assert_allclose(memory, v, **EXACT)
@@ -64,7 +64,7 @@ def test_euler_follows_the_velocity_and_hands_it_on(step):
 def test_heun_is_its_formula_and_hands_on_the_predicted_velocity(step):
     x, m, t, t_next = step
     recorder = Recorder()
-    x1, memory = blocks.heun(recorder.flow, State(x, m), t, t_next)
+    x1, memory, _ = blocks.heun(recorder.flow, State(x, m), t, t_next)
     d0 = velocity(x, t)
     d1 = velocity(x + 0.25 * d0, t_next)
     np.testing.assert_allclose(x1, x + 0.125 * (d0 + d1), **EXACT)
@@ -75,7 +75,7 @@ def test_heun_is_its_formula_and_hands_on_the_predicted_velocity(step):
 def test_pseudo_corrector_starts_from_the_remembered_velocity(step):
     x, m, t, t_next = step
     recorder = Recorder()
-    x1, memory = blocks.pseudo_corrector(recorder.flow, State(x, m), t, t_next)
+    x1, memory, _ = blocks.pseudo_corrector(recorder.flow, State(x, m), t, t_next)
     d1 = velocity(x + 0.25 * m, t_next)
     np.testing.assert_allclose(x1, x + 0.125 * (m + d1), **EXACT)
     np.testing.assert_allclose(memory, d1, **EXACT)
@@ -86,7 +86,7 @@ def test_pseudo_corrector_starts_from_the_remembered_velocity(step):
 def test_refine_is_its_formula_and_hands_on_the_first_velocity(step, chained):
     x, m, t, t_next = step
     recorder = Recorder()
-    x1, memory = blocks.refine(recorder.flow, State(x, m), t, t_next, chained=chained)
+    x1, memory, _ = blocks.refine(recorder.flow, State(x, m), t, t_next, chained=chained)
     d0 = m + offset(x, t, m)
     d1 = d0 + offset(x + 0.25 * d0, t_next, d0 if chained else m)
     np.testing.assert_allclose(x1, x + 0.125 * (d0 + d1), **EXACT)

@@ -66,7 +66,7 @@ def test_inversion_is_the_blocks_on_the_grid_reversed():
 
 
 def test_a_refiner_does_not_go_backwards():
-    with pytest.raises(InputError, match=r"H1R1 refines.*E, H and P"):
+    with pytest.raises(InputError, match=r"H1R1 refines.*E, H, P and A"):
         sampler.invert(FLOW, jnp.ones((1, 2)), "H1R1")
 
 

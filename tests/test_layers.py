@@ -24,7 +24,10 @@ ANY = (("*", "*"),)  # cycles are refused everywhere, by find_cycle
 LAYERS = (  # lowest first; patterns are relative to the package, but for the two entry scripts
     Layer(("interfaces.py",)),
     Layer(("models/*", "images.py"), peers=(("models/*", "models/*"),)),
-    Layer(("path.py", "schedule.py", "blocks.py", "guidance.py"), peers=(("*", "path.py"),)),
+    Layer(
+        ("path.py", "schedule.py", "blocks.py", "guidance.py", "multistep.py"),
+        peers=(("*", "path.py"),),
+    ),
     Layer(("sampler.py", "objective.py", "inpainting.py")),
     Layer(
         (
@@ -40,6 +43,7 @@ LAYERS = (  # lowest first; patterns are relative to the package, but for the tw
             "parallel.py",
             "model_description.py",
             "model_directory.py",
+            "learnt_solver.py",
             "model_files.py",
             "quantization.py",
             "logbook.py",

@@ -330,7 +330,7 @@ def test_trajectory_and_handed_velocities_match_the_official_sampler(text):
     for scale in ("1.5", "4.0"):
         stored = golden.arrays(f"sampling/{text}_cfg{scale}")
         np.testing.assert_allclose(schedule.time_grid(), stored["t_grid"], rtol=0, atol=1.2e-7)
-        state, (x, memory) = run(params, refiner_params, stored["z"], stored["y"], float(scale))
+        state, (x, memory, _) = run(params, refiner_params, stored["z"], stored["y"], float(scale))
         assert golden.deviation(x, stored["x_traj"][1:, :2]) < golden.SAMPLES
         handed = memory.reshape(stored["v_handed"].shape)
         assert golden.deviation(handed, stored["v_handed"]) < golden.SAMPLES

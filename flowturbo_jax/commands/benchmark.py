@@ -111,7 +111,8 @@ def _plans(args: argparse.Namespace, subject: Subject) -> list[Plan]:
             f"--quantization is for models of classes, and {subject.name} takes texts; leave it out"
         )
     asked = (args.guidance_scale, args.guidance, args.guidance_interval)
-    plans = [resolve(description, text, *asked) for text in args.schedules.split(",")]
+    words = args.schedules.split(",")
+    plans = [resolve(description, text, *asked, subject.solver) for text in words]
     for plan in plans if args.ablation else ():
         ablation.check(plan)
     return list(dict.fromkeys(plans))

@@ -71,7 +71,7 @@ class Studio:
     def __init__(self, pipe: ClassToImage, name: str, baseline: str = BASELINE):
         self.name, self.description = name, pipe.model.description
         self.most_images = limits.most_images(self.description)
-        limits.plan(self.description, baseline, None)
+        limits.plan(self.description, baseline, None, pipe.solver)
         pipe.check([0], baseline)
         self._pipe, self._baseline = pipe, baseline
         self._lock = threading.Lock()
@@ -86,7 +86,7 @@ class Studio:
         """
         return Request(
             limits.label(label, self.description),
-            limits.plan(self.description, schedule, scale),
+            limits.plan(self.description, schedule, scale, self._pipe.solver),
             limits.whole(seed, "the seed", 0, 2**32 - 1),
             limits.whole(count, "the number of images", 1, self.most_images),
         )
@@ -102,7 +102,7 @@ class Studio:
         Raises:
           InputError: the model cannot do it.
         """
-        baseline = limits.plan(self.description, self._baseline, scale)
+        baseline = limits.plan(self.description, self._baseline, scale, self._pipe.solver)
         with self._lock:
             heun = self._generated(
                 request._replace(plan=baseline), lambda text, done: say(text, done / 2)
@@ -205,14 +205,7 @@ def _labels(request: Request) -> list[int]:
 
 
 def _arguments(request: Request) -> dict[str, Any]:
-    plan = request.plan
-    return {
-        "seeds": request.seed,
-        "schedule": plan.schedule,
-        "guidance": plan.guidance,
-        "guidance_scale": plan.scale,
-        "guidance_interval": plan.interval,
-    }
+    return {"seeds": request.seed, **request.plan.settings}
 
 
 def _images(count: int) -> str:

@@ -5,6 +5,7 @@ import binascii
 import math
 import numbers
 import re
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -12,8 +13,10 @@ from jaxtyping import Bool
 
 from flowturbo_jax.class_names import label_of
 from flowturbo_jax.interfaces import InputError
+from flowturbo_jax.learnt_solver import LearntSolver
 from flowturbo_jax.model_description import PRESET_NAMES, Description
 from flowturbo_jax.pipelines.plan import DEFAULT_SCHEDULE, Plan, resolve
+from flowturbo_jax.schedule import Schedule
 
 MOST_IMAGES = 16
 MOST_PIXELS = 2**20  # of all images of a request
@@ -89,13 +92,19 @@ def schedules(description: Description) -> list[tuple[str, str]]:
     return [*presets, *((text, text) for text in others)]
 
 
-def plan(description: Description, schedule: Any, scale: Any) -> Plan:
+def plan(
+    description: Description,
+    schedule: Any,
+    scale: Any,
+    find_solver: Callable[[Schedule], LearntSolver] | None = None,
+) -> Plan:
     """How to sample, of a schedule that a page can wait for.
 
     Args:
       description: of the model.
       schedule: a text, or the name of a preset.
       scale: of guidance; None for the model's default.
+      find_solver: as in `pipelines.plan.resolve`.
 
     Raises:
       InputError: it cannot be read, the model cannot do it, or it would take too long.
@@ -107,7 +116,7 @@ def plan(description: Description, schedule: Any, scale: Any) -> Plan:
             f"the schedule has {len(schedule)} letters; at most {LONGEST_TEXT} are taken here"
         )
     scale = None if scale is None else within(scale, "guidance", *SCALES)
-    found = resolve(description, schedule, scale)
+    found = resolve(description, schedule, scale, find_solver=find_solver)
     evaluations = (found.schedule.predictor_evaluations, found.schedule.refiner_evaluations)
     if max(evaluations) > MOST_EVALUATIONS or len(found.schedule.runs) > MOST_RUNS:
         raise InputError(

@@ -10,13 +10,13 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from flowturbo_jax import path
+from flowturbo_jax import path, sampler
 from flowturbo_jax.interfaces import InputError, Latents, Rows, State
+from flowturbo_jax.multistep import step_weights
 from flowturbo_jax.pipelines import programs, stepwise
 from flowturbo_jax.pipelines.generation import Generation
 from flowturbo_jax.pipelines.plan import Plan
 from flowturbo_jax.pipelines.timing import Stopwatch, Task, Times
-from flowturbo_jax.sampler import BLOCKS
 
 WAYS = ("nothing", "each network", "each block", "the whole sampler")
 
@@ -79,9 +79,7 @@ def measure(
             pipe.sample_latents,
             noise,
             labels,
-            schedule=plan.schedule,
-            guidance_scale=plan.scale,
-            guidance=plan.guidance,
+            **plan.settings,
         ),
     }
     uncompiled_times = stopwatch.latency(ways["nothing"])  # by itself: it takes much longer
@@ -120,10 +118,16 @@ def step_by_step(
     """The sampler as Python that calls the networks."""
     scale = jnp.asarray(plan.arguments[0])
     flow = programs.make_flow(networks, pipe.params, labels, scale, None, plan.guidance)
-    grid = plan.schedule.time_grid()
+    grid = jnp.asarray(plan.times)
+    weights = step_weights(plan.schedule, plan.numbers)
     memory = flow.predict(noise, grid[0]) if plan.schedule.runs[0].block == "P" else None
-    state = State(noise, memory)
+    history = None
+    if plan.schedule.remembered:
+        shapes = jax.eval_shape(flow.predict, noise, grid[0])
+        history, weights = sampler.empty_history(plan.schedule, shapes), jnp.asarray(weights)
+    state = State(noise, memory, history)
     for run, first, last in plan.schedule.intervals():
         for i in range(first, last):
-            state = BLOCKS[run.block](flow, state, grid[i], grid[i + 1])
+            times = (grid[i], grid[i + 1])
+            state = sampler.make_step(flow, state, *times, run.block, weights, i)
     return state.x

@@ -58,23 +58,17 @@ class BatchCall:
         if not self.shows_images:
             seeds, indices = (jnp.asarray(numbers) for numbers in self.start)
             self.start = path.sample_noise(seeds, indices, description.predictor.shape)
-        self._settings = {
-            "schedule": plan.schedule,
-            "guidance_scale": plan.scale,
-            "guidance": plan.guidance,
-            "guidance_interval": plan.interval,
-        }
 
     def __call__(self) -> jax.Array:
         """Images `[B, H, W, C]` uint8 or latents float32, perhaps still being computed."""
         if self.shows_images:
-            return self.pipe(self.labels, seeds=0, **self._settings)
-        return self.pipe.sample_latents(self.start, self.labels, **self._settings)
+            return self.pipe(self.labels, seeds=0, **self.plan.settings)
+        return self.pipe.sample_latents(self.start, self.labels, **self.plan.settings)
 
     def compile(self) -> None:
         """Makes the program, or loads it where programs are kept, so that no call waits for it."""
         if self.shows_images:
-            self.pipe.compile(self.batch_size, **self._settings)
+            self.pipe.compile(self.batch_size, **self.plan.settings)
         else:
             self._lower().compile()
 

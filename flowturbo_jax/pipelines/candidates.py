@@ -9,7 +9,7 @@ from flowturbo_jax.interfaces import InputError
 from flowturbo_jax.pipelines.plan import Plan
 from flowturbo_jax.schedule import MAX_SHIFT, Run, Schedule
 
-REFINERS = ("R", "Rc")
+RULES = ("R", "Rc")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Space:
     max_evaluations: int = 12
     max_refiner_steps: int = 4
     modes: tuple[str, ...] = ()
-    refiner_rules: tuple[str, ...] = REFINERS
+    refiner_rules: tuple[str, ...] = RULES
     shifts: tuple[float, ...] = (0.35, 0.5, 0.71, 1.41, 2.0)
     intervals: tuple[str, ...] = ("0:0.8", "0.1:1", "0.2:1")
     orders: bool = True
@@ -40,9 +40,9 @@ class Space:
             raise InputError(f"max_evaluations is {self.max_evaluations}; it must be 2 to 100")
         if not 0 <= self.max_refiner_steps <= 20:
             raise InputError(f"max_refiner_steps is {self.max_refiner_steps}; it must be 0 to 20")
-        if not self.refiner_rules or set(self.refiner_rules) - set(REFINERS):
+        if not self.refiner_rules or set(self.refiner_rules) - set(RULES):
             raise InputError(
-                f"refiner rules are to be {self.refiner_rules}; known are {', '.join(REFINERS)}"
+                f"refiner rules are to be {self.refiner_rules}; known are {', '.join(RULES)}"
             )
         if set(self.modes) - set(MODES):
             raise InputError(f"guidance modes are to be {self.modes}; known are {', '.join(MODES)}")
@@ -83,7 +83,7 @@ class Space:
                     yield plan._replace(schedule=dataclasses.replace(schedule, shift=shift))
         for rule in self.refiner_rules:
             runs = tuple(
-                Run(rule, run.steps) if run.block in REFINERS else run for run in schedule.runs
+                Run(rule, run.steps) if run.block in RULES else run for run in schedule.runs
             )
             yield plan._replace(schedule=dataclasses.replace(schedule, runs=runs))
         if self.orders and len(schedule.runs) <= 3:
@@ -99,4 +99,4 @@ class Space:
 
     @staticmethod
     def _legal(runs: Sequence[Run]) -> bool:
-        return runs[0].block not in REFINERS
+        return runs[0].block not in RULES

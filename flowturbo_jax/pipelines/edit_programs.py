@@ -11,6 +11,7 @@ from jaxtyping import Array, Float
 
 from flowturbo_jax import images, inpainting, path, sampler
 from flowturbo_jax.interfaces import ImageBytes, Latents, Rows
+from flowturbo_jax.multistep import Solver
 from flowturbo_jax.pipelines import programs
 from flowturbo_jax.pipelines.programs import Networks
 from flowturbo_jax.schedule import Schedule
@@ -31,6 +32,7 @@ def edit(
     labels: Rows,
     scale: jax.Array,
     interval: jax.Array | None,
+    solver: Solver | None = None,
     *,
     networks: Networks,
     schedule: Schedule,
@@ -54,7 +56,7 @@ def edit(
     back = programs.make_flow(
         networks, params, labels, scale, interval, guidance, schedule.needs_refiner
     )
-    latents = sampler.sample(back, x, schedule, t)
+    latents = sampler.sample(back, x, schedule, t, solver=solver)
     return images.to_uint8(programs.decoded(networks, vae_params, latents))
 
 
@@ -69,6 +71,7 @@ def inpaint(
     labels: Rows,
     scale: jax.Array,
     interval: jax.Array | None,
+    solver: Solver | None = None,
     *,
     networks: Networks,
     schedule: Schedule,
@@ -93,7 +96,13 @@ def inpaint(
         return known.rewound(state, t, t_before, fresh)
 
     state, _ = sampler.integrate(
-        known.pinned(flow), noise, schedule, after_step=known.after_step, rewind=rewind, tries=tries
+        known.pinned(flow),
+        noise,
+        schedule,
+        after_step=known.after_step,
+        rewind=rewind,
+        tries=tries,
+        solver=solver,
     )
     made = images.to_uint8(programs.decoded(networks, vae_params, state.x))
     return images.composite(pixels, made, weights[..., None])
@@ -107,6 +116,7 @@ def invert(
     labels: Rows,
     scale: jax.Array,
     interval: jax.Array | None,
+    solver: Solver | None = None,
     *,
     networks: Networks,
     schedule: Schedule,

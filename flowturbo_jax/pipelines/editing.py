@@ -19,7 +19,7 @@ from flowturbo_jax.pipelines.pipeline import (
     in_batches,
 )
 from flowturbo_jax.pipelines.requests import check_model_images, seeds_and_indices
-from flowturbo_jax.sampler import INVERSION
+from flowturbo_jax.sampler import INVERSION, check_reversible
 from flowturbo_jax.schedule import Schedule
 
 Seeds = int | Sequence[int] | np.ndarray
@@ -315,15 +315,5 @@ def check_strength(strength: Any) -> Any:
 
 
 def backwards(schedule: str | Schedule) -> Schedule:
-    """A schedule that can go from data to noise.
-
-    Raises:
-      InputError: it is none, or it refines.
-    """
-    schedule = Schedule.parse(schedule)
-    if schedule.needs_refiner:
-        raise InputError(
-            f"schedule {schedule} refines, and a refiner goes from noise to data only; invert "
-            f"with a schedule of E, H and P, such as {INVERSION}"
-        )
-    return schedule
+    """A schedule that can go from data to noise; InputError if it is none."""
+    return check_reversible(Schedule.parse(schedule))

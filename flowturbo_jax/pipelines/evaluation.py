@@ -118,12 +118,7 @@ def generate(
             f"{len(labels)} samples in batches of {batch_size}: both must be 1 or more"
         )
     batch_size = min(batch_size, len(labels))
-    settings = {
-        "schedule": plan.schedule,
-        "guidance": plan.guidance,
-        "guidance_scale": plan.scale,
-        "guidance_interval": plan.interval,
-    }
+    settings = plan.settings
     begin = time.perf_counter()
     pipe.compile(batch_size, **settings)
     compile_seconds = time.perf_counter() - begin
@@ -252,7 +247,7 @@ def protocol_card(
       label_sampling: how the labels were chosen.
     """
     description = pipe.model.description
-    schedule, mode, scale, interval = plan
+    schedule, mode, scale, interval, solver = plan
     card = {
         "schedule": str(schedule),
         "steps": schedule.steps,
@@ -273,6 +268,8 @@ def protocol_card(
         "devices": parallel.total_devices(),
         "versions": {name: importlib.metadata.version(name) for name in LIBRARIES},
     }
+    if solver is not None:
+        card["solver_sha256"] = solver.sha256
     if isinstance(pipe.model, QuantizedModel):  # else unsaid: cards of before stay as they are
         card["quantization"] = pipe.model.quantization
         card["versions"]["qwix"] = importlib.metadata.version("qwix")

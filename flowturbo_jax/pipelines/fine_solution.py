@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Float
 
 from flowturbo_jax.interfaces import InputError, Labels, Latents
 from flowturbo_jax.pipelines import programs
@@ -20,7 +21,7 @@ TOLERANCE = 1e-5  # of each step, relative and absolute; float32 networks round 
 MAX_STEPS = 2000  # attempted by the solver
 
 
-@partial(jax.jit, static_argnames=("networks", "guidance"))
+@partial(jax.jit, static_argnames=("networks", "guidance", "points"))
 def _solve(
     params: Any,
     noise: Latents,
@@ -29,8 +30,9 @@ def _solve(
     *,
     networks: programs.Networks,
     guidance: str,
-) -> tuple[Latents, jax.Array, jax.Array]:
-    """Latents, whether the solver reached the end, and how many steps it took."""
+    points: int,
+) -> tuple[Float[Array, "points batch *point"], jax.Array, jax.Array]:
+    """Latents at `points` even times after 0, whether the solver reached 1, and its steps."""
     import diffrax
 
     flow = programs.make_flow(networks, params, labels, scale, None, guidance)
@@ -42,12 +44,12 @@ def _solve(
         dt0=None,
         y0=noise,
         stepsize_controller=diffrax.PIDController(rtol=TOLERANCE, atol=TOLERANCE),
-        saveat=diffrax.SaveAt(t1=True),
+        saveat=diffrax.SaveAt(ts=np.linspace(0, 1, points + 1)[1:]),
         max_steps=MAX_STEPS,
         throw=False,
     )
     done = solution.result == diffrax.RESULTS.successful
-    return solution.ys[0], done, solution.stats["num_steps"]
+    return solution.ys, done, solution.stats["num_steps"]
 
 
 def fine_solution(
@@ -58,6 +60,7 @@ def fine_solution(
     cache: Path,
     batch_size: int = 64,
     on_images: Any = max,
+    points: int = 1,
 ) -> np.ndarray:
     """The data end of the guided flow from given noise, by Tsit5 with a tight tolerance.
 
@@ -72,9 +75,10 @@ def fine_solution(
       cache: folder for solutions, one file per batch.
       batch_size: solved at once; the solver's steps are those the batch as a whole needs.
       on_images: told how many are solved, and of how many.
+      points: of the way to be had, at so many even times after 0, the last of which is the end.
 
     Returns:
-      Latents `[N, H, W, C]` float32.
+      Latents `[N, H, W, C]` float32; for several points `[N, points, H, W, C]`.
 
     Raises:
       InputError: the solver does not reach the end, or the cache cannot be written.
@@ -84,23 +88,26 @@ def fine_solution(
     parts = []
     for first in range(0, len(noise), batch_size):
         rows = slice(first, first + batch_size)
-        file = cache / f"{_key(pipe, noise[rows], labels[rows], plan)}.npz"
-        found = _read(file, noise[rows].shape)
+        key = _key(pipe, noise[rows], labels[rows], plan)
+        file = cache / (f"{key}.npz" if points == 1 else f"{key}-{points}.npz")
+        shape = noise[rows].shape
+        found = _read(file, (shape[0], points, *shape[1:]) if points > 1 else shape)
         if found is None:
-            found = _solved(pipe, noise[rows], labels[rows], plan)
+            found = _solved(pipe, noise[rows], labels[rows], plan, points)
             _write(file, found)
         parts.append(found)
         on_images(min(first + batch_size, len(noise)), len(noise))
     return np.concatenate(parts)
 
 
-def _solved(pipe: ClassToImage, noise: Any, labels: Any, plan: Plan) -> np.ndarray:
-    settings = {"networks": programs.Networks(pipe.model), "guidance": plan.guidance}
-    scale, _ = plan.arguments
+def _solved(pipe: ClassToImage, noise: Any, labels: Any, plan: Plan, points: int) -> np.ndarray:
+    settings: dict[str, Any] = {"networks": programs.Networks(pipe.model)}
+    settings |= {"guidance": plan.guidance, "points": points}
+    scale = plan.arguments[0]
     found, done, steps = _solve(
         pipe.params, jnp.asarray(noise), jnp.asarray(labels), scale, **settings
     )
-    found = np.asarray(found)
+    found = np.asarray(found[0] if points == 1 else found.swapaxes(0, 1))
     if not bool(done) or not np.isfinite(found).all():
         raise InputError(
             f"the fine solution failed after {int(steps)} steps: the velocity is not finite or not "

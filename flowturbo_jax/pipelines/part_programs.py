@@ -15,6 +15,7 @@ from jaxtyping import Array, Float, Int
 from flowturbo_jax import cost, interfaces, path, sampler
 from flowturbo_jax.interfaces import Latents, Moment
 from flowturbo_jax.model_directory import abstract_params, modules
+from flowturbo_jax.multistep import Solver
 from flowturbo_jax.pipelines import programs
 from flowturbo_jax.pipelines.batch_call import BatchCall, shapes_of
 from flowturbo_jax.schedule import Schedule
@@ -60,9 +61,9 @@ def parts(call: BatchCall, evaluations: Sequence[Rows]) -> list[Part]:
     plan, params, networks = call.plan, call.pipe.params, _networks(call)
     if not plan.schedule.needs_refiner:
         params = (params[0], None, *params[2:])
-    grid, labels = jnp.asarray(plan.schedule.times()), jnp.asarray(call.labels)
+    grid, labels = jnp.asarray(plan.times), jnp.asarray(call.labels)
     given, start = jax.tree.map(jnp.asarray, (plan.arguments, call.start))  # no transfer is timed
-    arguments = (params, labels, *given, grid)
+    arguments = (params, labels, *given[:2], grid)
     is_prepared = _fits(arguments, plan.guidance, networks.fast)
     found = []
     for network, branches, indices in evaluations:
@@ -200,6 +201,7 @@ def step(
     labels: interfaces.Rows,
     scale: Float[Array, ""],
     interval: Float[Array, "2"] | None,
+    solver: Solver | None = None,
     *,
     networks: programs.Networks,
     schedule: Schedule,
@@ -212,6 +214,7 @@ def step(
       labels: as in `programs.make_flow`, as are the rest.
       scale: guidance scale.
       interval: of guidance.
+      solver: the numbers of a learnt schedule.
       networks: what is replaced by networks that cost nothing.
       schedule: of the steps.
       guidance: mode.
@@ -222,7 +225,7 @@ def step(
     settings = (networks.config, networks.guided_channels)
     free = _FreeNetworks(_FreePredictor(), refiner, *settings, _FreeTextEncoder())
     flow = programs.make_flow(free, (None, None, None), labels, scale, interval, guidance)
-    return sampler.sample(flow, noise, schedule)
+    return sampler.sample(flow, noise, schedule, solver=solver)
 
 
 class _FreePredictor:

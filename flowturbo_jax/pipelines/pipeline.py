@@ -11,11 +11,12 @@ import jax.numpy as jnp
 import numpy as np
 from absl import logging
 
-from flowturbo_jax import model_directory, parallel, path
+from flowturbo_jax import learnt_solver, model_directory, parallel, path
 from flowturbo_jax.interfaces import ImageBytes, InputError, Latents
+from flowturbo_jax.learnt_solver import LearntSolver
 from flowturbo_jax.model_directory import Model
 from flowturbo_jax.pipelines import program_cache, programs
-from flowturbo_jax.pipelines.plan import Plan, resolve
+from flowturbo_jax.pipelines.plan import Plan, WantedSchedule, resolve
 from flowturbo_jax.pipelines.requests import (
     check_batch_size,
     check_images,
@@ -57,6 +58,7 @@ class Pipeline:
         # The VAE's group norms want their parameters in float32.
         self._decoder = self._vae_part("decoder")
         self._encoder: Any = None  # on the device once it is needed
+        self._solvers: dict[Schedule, LearntSolver] = {}
         self._ready: dict[Any, Callable[..., Any]] = {}  # compiled programs
         self._ready_for: Any = None  # these parameters
         self._mapped: dict[Any, Callable[..., Any]] = {}  # programs over all devices
@@ -112,7 +114,7 @@ class Pipeline:
 
     def plan(
         self,
-        schedule: str | Schedule | None = None,
+        schedule: WantedSchedule = None,
         guidance_scale: float | jax.Array | None = None,
         guidance: str | None = None,
         guidance_interval: GuidanceInterval = None,
@@ -123,7 +125,22 @@ class Pipeline:
           InputError: the model cannot be sampled so.
         """
         description = self.model.description
-        return resolve(description, schedule, guidance_scale, guidance, guidance_interval)
+        asked = (schedule, guidance_scale, guidance, guidance_interval)
+        return resolve(description, *asked, self.solver)
+
+    def solver(self, schedule: Schedule) -> LearntSolver:
+        """The model's own solver of a learnt schedule, read once.
+
+        Raises:
+          InputError: it has none, it was learnt for other weights, or its file is not consistent.
+        """
+        if schedule not in self._solvers:
+            if self.model.directory is None:
+                raise InputError(f"this model lies in no directory, so it has no solver {schedule}")
+            found = learnt_solver.of_model(self.model.directory, schedule)
+            found.check_model(self.model.fingerprints)
+            self._solvers[schedule] = found
+        return self._solvers[schedule]
 
     def encode(self, images: ImageBytes | np.ndarray, seed: int | None = None) -> Latents:
         """The latents of images, of which those of one size share a program.
@@ -243,6 +260,11 @@ class Pipeline:
             "schedule": plan.schedule,
             "guidance": plan.guidance,
         }
+
+    @property
+    def decoder_params(self) -> dict[str, Any]:
+        """Parameters of the VAE's decoder on the device, by its name; empty without a VAE."""
+        return self._decoder
 
     def _encoder_params(self) -> Any:
         """The VAE's encoder on the device; nothing without a VAE."""

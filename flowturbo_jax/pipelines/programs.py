@@ -19,6 +19,7 @@ from flowturbo_jax.model_directory import Model
 from flowturbo_jax.models.refiner import at_all_times
 from flowturbo_jax.models.tiles import tiled
 from flowturbo_jax.models.vae import Moments
+from flowturbo_jax.multistep import Solver
 from flowturbo_jax.schedule import Schedule
 
 TILE = 64  # latent pixels: 512 image pixels by the Stable Diffusion VAE
@@ -149,6 +150,7 @@ def sample_latents(
     labels: Rows,
     scale: jax.Array,
     interval: jax.Array | None,
+    solver: Solver | None = None,
     *,
     networks: Networks,
     schedule: Schedule,
@@ -156,7 +158,7 @@ def sample_latents(
 ) -> Latents:
     """Latents `[B, H, W, C]` from noise of that shape."""
     flow = make_flow(networks, params, labels, scale, interval, guidance, schedule.needs_refiner)
-    return sampler.sample(flow, noise, schedule)
+    return sampler.sample(flow, noise, schedule, solver=solver)
 
 
 def generate(
@@ -167,6 +169,7 @@ def generate(
     labels: Rows,
     scale: jax.Array,
     interval: jax.Array | None,
+    solver: Solver | None = None,
     *,
     networks: Networks,
     schedule: Schedule,
@@ -178,7 +181,8 @@ def generate(
     """
     noise = path.sample_noise(seeds, indices, networks.config.shape)
     flow = make_flow(networks, params, labels, scale, interval, guidance, schedule.needs_refiner)
-    pixels = decoded(networks, decoder_params, sampler.sample(flow, noise, schedule))
+    latents = sampler.sample(flow, noise, schedule, solver=solver)
+    pixels = decoded(networks, decoder_params, latents)
     return images.to_uint8(pixels), jnp.isfinite(pixels).all(axis=(1, 2, 3))
 
 

@@ -243,7 +243,7 @@ def measure(
 
 def _on_all_devices(model: Model, plan: Plan) -> Callable[[Any], Stability]:
     """`trace` of a batch of (seeds, noises, labels), `[B]` each, as one compiled program."""
-    networks, (scale, interval) = programs.Networks(model), plan.arguments
+    networks, (scale, interval, _) = programs.Networks(model), plan.arguments
     params = cast((model.predictor_params, model.refiner_params), model.predictor.dtype)
 
     def share(frozen: Any, batch: Any) -> Stability:

@@ -11,14 +11,18 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Float
 
 from flowturbo_jax import sampler
 from flowturbo_jax.guidance import inside
 from flowturbo_jax.interfaces import Latents, Memory, Rows, State, Time
+from flowturbo_jax.multistep import step_weights
 from flowturbo_jax.pipelines import programs
 from flowturbo_jax.pipelines.generation import Generation
 from flowturbo_jax.pipelines.plan import Plan
+from flowturbo_jax.schedule import ADAMS
 
+AT_START = ("E", "S", "Rs", *ADAMS)  # blocks that evaluate at the start of their step only
 STATIC = ("networks", "guidance", "block")
 
 
@@ -31,14 +35,15 @@ def _step(
     interval: jax.Array | None,
     t: Time,
     t_next: Time,
+    weights: Float[Array, "1 remembered"] | None = None,
     *,
     networks: programs.Networks,
     guidance: str,
     block: str,
 ) -> State:
-    """One step of a block."""
+    """One step of a block, with its row of weights where it has one."""
     flow = programs.make_flow(networks, params, labels, scale, interval, guidance)
-    return sampler.BLOCKS[block](flow, state, t, t_next)
+    return sampler.make_step(flow, state, t, t_next, block, weights)
 
 
 @partial(jax.jit, static_argnames=("networks", "guidance"))
@@ -72,18 +77,24 @@ def sample_latents(
       Latents `[B, H, W, C]` float32.
     """
     settings = {"networks": programs.Networks(pipe.model), "guidance": plan.guidance}
-    grid = plan.schedule.times()
-    noise, labels, given = jnp.asarray(noise), jnp.asarray(labels), plan.arguments
+    grid, weights = plan.times, _weights(plan)
+    noise, labels, given = jnp.asarray(noise), jnp.asarray(labels), plan.arguments[:2]
     if plan.schedule.runs[0].block == "P":
         memory = _predict(pipe.params, noise, labels, *given, grid[0], **settings)
     else:
         memory = _no_memory(pipe, noise, labels, plan)
-    state = State(noise, memory)
+    state = State(noise, memory, sampler.empty_history(plan.schedule, memory))
     for run, first, last in plan.schedule.intervals():
         for i in range(first, last):
-            times = (grid[i], grid[i + 1])
-            state = _step(pipe.params, state, labels, *given, *times, **settings, block=run.block)
+            step = (grid[i], grid[i + 1], None if weights is None else weights[i : i + 1])
+            state = _step(pipe.params, state, labels, *given, *step, **settings, block=run.block)
     return state.x
+
+
+def _weights(plan: Plan) -> np.ndarray | None:
+    """Of all steps, as arguments of programs."""
+    found = step_weights(plan.schedule, plan.numbers)
+    return None if found is None else np.asarray(found, np.float32)
 
 
 def _no_memory(pipe: Generation, noise: Latents, labels: Any, plan: Plan) -> Memory:
@@ -94,7 +105,7 @@ def _no_memory(pipe: Generation, noise: Latents, labels: Any, plan: Plan) -> Mem
         pipe.params,
         noise,
         labels,
-        *plan.arguments,
+        *plan.arguments[:2],
         jnp.float32(0),
     )
     return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), memory)
@@ -124,7 +135,7 @@ class Costs:
 
     def of(self, plan: Plan) -> float:
         """Seconds of one call by a plan."""
-        grid = plan.schedule.times()
+        grid = plan.times
         total = 0.0
         if plan.schedule.runs[0].block == "P":  # evaluates its own start: about one E
             total += self._step("E", plan, grid[0], grid[0])
@@ -138,7 +149,7 @@ class Costs:
         if plan.interval is None:
             return self._block(block, plan, 0.5, "guided")
         low, high = plan.interval
-        times = {"E": (t,), "P": (t_next,)}.get(block, (t, t_next))
+        times = (t,) if block in AT_START else {"P": (t_next,)}.get(block, (t, t_next))
         guided = sum(bool(inside(time, plan.interval)) for time in times) / len(times)
         within, outside = (low + high) / 2, (low / 2 if low > 0 else (1 + high) / 2)
         total = 0.0
@@ -155,7 +166,10 @@ class Costs:
         return self._known[key]
 
     def _measure(self, block: str, plan: Plan, t: float) -> float:
-        state = State(self._noise, _no_memory(self._pipe, self._noise, self._labels, plan))
+        memory = _no_memory(self._pipe, self._noise, self._labels, plan)
+        state = State(self._noise, memory, sampler.empty_history(plan.schedule, memory))
+        weights = _weights(plan)
+        row = None if weights is None else weights[:1]
         time_of_step = np.float32(t)
         seconds = []
         for _ in range(self._repeats + 1):  # the first compiles
@@ -164,9 +178,10 @@ class Costs:
                 self._pipe.params,
                 state,
                 self._labels,
-                *plan.arguments,
+                *plan.arguments[:2],
                 time_of_step,
                 time_of_step,
+                row,
                 networks=programs.Networks(self._pipe.model),
                 guidance=plan.guidance,
                 block=block,

@@ -5,13 +5,16 @@ from typing import Any, NamedTuple
 
 from absl import logging
 
-from flowturbo_jax import model_directory
+from flowturbo_jax import learnt_solver, model_directory
+from flowturbo_jax.interfaces import InputError
+from flowturbo_jax.learnt_solver import LearntSolver
 from flowturbo_jax.model_description import Description
 from flowturbo_jax.pipelines import any_model, program_cache, random_model
 from flowturbo_jax.pipelines.class_to_image import ClassToImage
 from flowturbo_jax.pipelines.generation import Generation
 from flowturbo_jax.pipelines.text_to_image import TextToImage
 from flowturbo_jax.quantization import check_kind, quantize
+from flowturbo_jax.schedule import Schedule
 
 
 class Subject(NamedTuple):
@@ -45,6 +48,16 @@ class Subject(NamedTuple):
         if self.directory is not None:
             return model_directory.describe(self.directory)
         return random_model.describe(str(self.size), self.image_size, self.vae)
+
+    def solver(self, schedule: Schedule) -> LearntSolver:
+        """The solver that the model has for a learnt schedule.
+
+        Raises:
+          InputError: it has none.
+        """
+        if self.directory is None:
+            raise InputError(f"random weights have no solver, so {schedule} cannot be sampled")
+        return learnt_solver.of_model(model_directory.resolve(self.directory), schedule)
 
     def load(
         self,

@@ -13,7 +13,7 @@ from flowturbo_jax.pipelines.batch_call import BatchCall
 from flowturbo_jax.pipelines.part_programs import Rows
 from flowturbo_jax.pipelines.plan import Plan
 from flowturbo_jax.pipelines.timing import Stopwatch, Task, Times
-from flowturbo_jax.schedule import Schedule
+from flowturbo_jax.schedule import REFINERS, Schedule
 
 # In the order in which they are shown. Host is what a call by itself takes longer than one among
 # others: checks, dispatch, the one waiting for the other, and images on their way back.
@@ -79,16 +79,16 @@ def evaluations(schedule: Schedule) -> dict[str, list[int]]:
     refiner: list[int] = []
     for run, first, last in schedule.intervals():
         for i in range(first, last):
-            if run.block in ("R", "Rc"):
-                refiner += [i, i + 1]
+            if run.block in REFINERS:
+                refiner += [i] if run.block == "Rs" else [i, i + 1]
             else:
-                predictor += {"E": [i], "H": [i, i + 1], "P": [i + 1]}[run.block]
+                predictor += {"H": [i, i + 1], "P": [i + 1]}.get(run.block, [i])
     return {"predictor": predictor, "refiner": refiner}
 
 
 def rows(plan: Plan) -> list[Rows]:
     """The evaluations of each network, apart by whether they have the rows of both branches."""
-    times, found = plan.schedule.times(), []
+    times, found = plan.times, []
 
     def guided(i: int) -> bool:
         if plan.guidance == "none":

@@ -246,10 +246,7 @@ class Tuner:
         made = self.pipe.sample_latents(
             jnp.asarray(noise),
             labels,
-            schedule=plan.schedule,
-            guidance=plan.guidance,
-            guidance_scale=plan.scale,
-            guidance_interval=plan.interval,
+            **plan.settings,
         )
         jax.block_until_ready(made)
         return time.perf_counter() - begin
