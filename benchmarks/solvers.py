@@ -20,6 +20,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+import jax.numpy as jnp
 import numpy as np
 
 from flowturbo_jax import learnt_solver, model_directory
@@ -94,7 +95,7 @@ def rmse(pipe: ClassToImage, plan: Plan, given: Examples) -> float:
     for first in range(0, len(given.noise), BATCH):
         rows = np.minimum(np.arange(first, first + BATCH), len(given.noise) - 1)
         some = given.rows(rows)
-        made = pipe.sample_latents(some.noise, some.labels, **plan.settings)
+        made = pipe.sample_latents(jnp.asarray(some.noise), some.labels, **plan.settings)
         apart = np.asarray(made, np.float64) - some.way[:, -1]
         parts.append((apart**2).reshape(BATCH, -1).mean(1)[: len(given.noise) - first])
     return float(np.sqrt(np.concatenate(parts).mean()))

@@ -7,6 +7,7 @@ are; a few dozen numbers are learnt. Noises that the search does not see say whe
 
 import dataclasses
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from flowturbo_jax.pipelines.solver_examples import Examples, examples, on_the_w
 from flowturbo_jax.pipelines.solver_settings import Parameters, Search, solver_of, start
 
 DIVERGED = 4.0  # times the error that the search began with
+SOLVED_AT_ONCE = 64  # by the fine solution; its steps are those that all of them need
 LARGE = 50_000_000  # parameters of a predictor whose blocks are recomputed unless told otherwise
 
 
@@ -41,6 +43,9 @@ class SolverSearch:
       plan: guidance mode, scale and interval; the fine solution is guided all of the time.
       work: folder for fine solutions and for what a later call goes on from.
       on_progress: told in a word what is done, how much of it, and of how much.
+
+    Attributes:
+      frozen: parameters and guidance on the devices, as `step` hands them to its program.
     """
 
     def __init__(
@@ -59,7 +64,7 @@ class SolverSearch:
         scale, interval, _ = plan.arguments
         decoder = pipe.decoder_params if search.loss == "pixels" else {}
         frozen = (pipe.params, decoder, scale, interval)
-        self._frozen = parallel.replicate(frozen)
+        self.frozen = parallel.replicate(frozen)
         self._optimizer = optax.adam(
             optax.cosine_decay_schedule(search.learning_rate, search.steps)
         )
@@ -100,6 +105,25 @@ class SolverSearch:
             results["held_out_rmse_other_labels"] = self.rmse(solver, others)
         return Numbers.of_arrays(search.schedule, self._plan.scale, solver, results)
 
+    def begin(self) -> Any:
+        """What a search moves, before its first step: parameters, and the optimiser's state."""
+        parameters = start(self._search.schedule)
+        return parallel.replicate((parameters, self._optimizer.init(parameters)))
+
+    def step(self, moving: Any, batch: Examples) -> Any:
+        """One step of the optimiser; the arrays given stay as they are.
+
+        Args:
+          moving: as `begin` makes it.
+          batch: as many examples as `Search.batch_size`.
+        """
+        return self._step(moving, self.frozen, batch)
+
+    def compiled(self, moving: Any, batch: Examples) -> Any:
+        """The program of a step on one device, `(moving, frozen, batch) -> moving`, compiled."""
+        alone = jax.jit(partial(self._make_step, mean=lambda tree: tree))
+        return alone.lower(moving, self.frozen, batch).compile()
+
     def rmse(self, solver: Solver, held_out: Examples) -> float:
         """Root mean square distance of a solver's latents from the fine solution.
 
@@ -109,7 +133,7 @@ class SolverSearch:
         """
         size, count, sums = self._search.batch_size, len(held_out.noise), 0.0
         solver = jax.tree.map(jnp.asarray, solver)
-        frozen = (self._frozen, parallel.replicate(solver))
+        frozen = (self.frozen, parallel.replicate(solver))
         for first in range(0, count, size):
             rows = np.minimum(np.arange(first, first + size), count - 1)
             found = self._errors(frozen, held_out.rows(rows))
@@ -150,7 +174,7 @@ class SolverSearch:
             labels,
             search.seed,
             self._work / "solutions",
-            min(search.batch_size, count),
+            SOLVED_AT_ONCE,
             lambda done, total: self._progress(what, done, total),
         )
 
@@ -167,16 +191,16 @@ class SolverSearch:
         }
 
     def _begin(self, held_out: Examples) -> dict[str, Any]:
-        parameters = start(self._search.schedule)
-        rmse = self.rmse(solver_of(self._search.schedule, parameters), held_out)
+        moving = self.begin()
+        rmse = self.rmse(solver_of(self._search.schedule, moving[0]), held_out)
         if not np.isfinite(rmse):
             raise InputError(
                 "the sampler's latents are not finite; look at the weights, the guidance scale and "
                 "the dtype"
             )
-        packed = _packed((parameters, self._optimizer.init(parameters)))
-        best = {"rmse": rmse, "step": 0, "parameters": _packed(parameters)}
-        return {"step": 0, "packed": packed, "best": best, "curve": [[0, rmse]], "ended": ""}
+        best = {"rmse": rmse, "step": 0, "parameters": _packed(moving[0])}
+        curve, packed = [[0, rmse]], _packed(moving)
+        return {"step": 0, "packed": packed, "best": best, "curve": curve, "ended": ""}
 
     def _restored(self) -> dict[str, Any] | None:
         return self._kept.get("state")
@@ -189,7 +213,7 @@ class SolverSearch:
         for step in range(first, last):
             order = np.random.default_rng((search.seed, step))
             chosen = order.choice(search.noises, search.batch_size, replace=False)
-            moving = self._step(moving, self._frozen, seen.rows(chosen))
+            moving = self.step(moving, seen.rows(chosen))
         parameters = moving[0]
         rmse = self.rmse(solver_of(search.schedule, parameters), held_out)
         curve, best, ended = [*state["curve"], [last, rmse]], state["best"], ""
@@ -220,8 +244,11 @@ class SolverSearch:
     def _make_step(self, moving: Any, frozen: Any, batch: Examples, mean: parallel.Mean) -> Any:
         parameters, optimizer_state = moving
         gradients = mean(jax.grad(self._loss)(parameters, frozen, batch))
-        updates, optimizer_state = self._optimizer.update(gradients, optimizer_state, parameters)
-        return optax.apply_updates(parameters, updates), optimizer_state
+        with jax.numpy_dtype_promotion("standard"):  # optax multiplies integers and floats
+            updates, optimizer_state = self._optimizer.update(
+                gradients, optimizer_state, parameters
+            )
+            return optax.apply_updates(parameters, updates), optimizer_state
 
     def _loss(self, parameters: Parameters, frozen: Any, batch: Examples) -> Float[Array, ""]:
         search = self._search
@@ -280,12 +307,14 @@ def _remat_of(pipe: ClassToImage, asked: str) -> str:
 
 
 def _recomputing(pipe: ClassToImage, asked: str) -> Any:
-    """The model, with networks that recompute their blocks in the backward pass if wanted."""
-    if _remat_of(pipe, asked) != "blocks":
-        return pipe.model
-    both: dict[str, Any] = {"predictor": pipe.model.predictor, "refiner": pipe.model.refiner}
-    both = {
-        name: module.clone(remat=True) if hasattr(module, "remat") else module
-        for name, module in both.items()
-    }
-    return dataclasses.replace(pipe.model, **both)
+    """The model with networks to learn through: they recompute their blocks if wanted.
+
+    And their attention is plain: the gradients of fused kernels differ from run to run.
+    """
+    again, built = _remat_of(pipe, asked) == "blocks", {}
+    for name in ("predictor", "refiner"):
+        built[name] = module = getattr(pipe.model, name)
+        if module is not None:
+            wanted = {"remat": again, "attention": "xla"}
+            built[name] = module.clone(**{k: v for k, v in wanted.items() if hasattr(module, k)})
+    return dataclasses.replace(pipe.model, **built)

@@ -38,8 +38,8 @@ class Search:
     """
 
     schedule: Schedule
-    steps: int = 300
-    batch_size: int = 64
+    steps: int = 200
+    batch_size: int = 32
     learning_rate: float = 2e-2
     noises: int = 512
     held_out: int = 256
