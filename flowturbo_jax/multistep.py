@@ -52,7 +52,7 @@ def adams_bashforth(times: Any, orders: Sequence[int], remembered: int) -> Any:
     used = lag < np.minimum(np.asarray(orders)[:, None], newest + 1)  # [N, K], the newest last
     nodes = times[np.maximum(newest - lag, 0)]
     begin, length = times[:-1], times[1:] - times[:-1]
-    points = begin[:, None] + length[:, None] * np.asarray(POINTS, times.dtype)  # [N, 2]
+    points = begin[:, None] + length[:, None] * np.asarray([POINTS], times.dtype)  # [N, 2]
     # [N, point, node j, other node m]: Lagrange's factors, 1 where m is j or one is not used.
     others = used[:, None, :, None] & used[:, None, None, :] & ~np.eye(remembered, dtype=bool)
     apart = nodes[:, None, :, None] - nodes[:, None, None, :]
