@@ -9,8 +9,8 @@ import numpy as np
 from flowturbo_jax.interfaces import ImageBytes, InputError
 from flowturbo_jax.pipelines.generation import Generation
 from flowturbo_jax.pipelines.pipeline import ClassLabels, GuidanceInterval
+from flowturbo_jax.pipelines.plan import WantedSchedule
 from flowturbo_jax.pipelines.requests import check_labels
-from flowturbo_jax.schedule import Schedule
 
 
 class ClassToImage(Generation):
@@ -22,7 +22,7 @@ class ClassToImage(Generation):
         *,
         seeds: int | Sequence[int] | np.ndarray = 0,
         first_index: int = 0,
-        schedule: str | Schedule | None = None,
+        schedule: WantedSchedule = None,
         guidance_scale: float | jax.Array | None = None,
         guidance: str | None = None,
         guidance_interval: GuidanceInterval = None,

@@ -18,6 +18,7 @@ from flowturbo_jax.pipelines.pipeline import (
     Wanted,
     in_batches,
 )
+from flowturbo_jax.pipelines.plan import WantedSchedule
 from flowturbo_jax.pipelines.requests import check_model_images, seeds_and_indices
 from flowturbo_jax.sampler import INVERSION, check_reversible
 from flowturbo_jax.schedule import Schedule
@@ -38,7 +39,7 @@ class Editing(Pipeline):
         inversion: str | Schedule | None = None,
         seeds: Seeds = 0,
         first_index: int = 0,
-        schedule: str | Schedule | None = None,
+        schedule: WantedSchedule = None,
         guidance_scale: float | jax.Array | None = None,
         guidance: str | None = None,
         guidance_interval: GuidanceInterval = None,
@@ -105,7 +106,7 @@ class Editing(Pipeline):
         tries: int = 1,
         seeds: Seeds = 0,
         first_index: int = 0,
-        schedule: str | Schedule | None = None,
+        schedule: WantedSchedule = None,
         guidance_scale: float | jax.Array | None = None,
         guidance: str | None = None,
         guidance_interval: GuidanceInterval = None,
@@ -156,7 +157,7 @@ class Editing(Pipeline):
         tries: int = 1,
         seeds: Seeds = 0,
         first_index: int = 0,
-        schedule: str | Schedule | None = None,
+        schedule: WantedSchedule = None,
         guidance_scale: float | jax.Array | None = None,
         guidance: str | None = None,
         guidance_interval: GuidanceInterval = None,

@@ -9,13 +9,12 @@ from flowturbo_jax.interfaces import ImageBytes, InputError, Latents
 from flowturbo_jax.pipelines import programs
 from flowturbo_jax.pipelines.editing import Editing, Seeds
 from flowturbo_jax.pipelines.pipeline import GuidanceInterval, Wanted, in_batches
-from flowturbo_jax.pipelines.plan import Plan
+from flowturbo_jax.pipelines.plan import Plan, WantedSchedule
 from flowturbo_jax.pipelines.requests import (
     check_batch_size,
     check_noise,
     seeds_and_indices,
 )
-from flowturbo_jax.schedule import Schedule
 
 
 class Generation(Editing):
@@ -38,7 +37,7 @@ class Generation(Editing):
         self,
         batch_size: int,
         *,
-        schedule: str | Schedule | None = None,
+        schedule: WantedSchedule = None,
         guidance_scale: float | jax.Array | None = None,
         guidance: str | None = None,
         guidance_interval: GuidanceInterval = None,
@@ -69,7 +68,7 @@ class Generation(Editing):
         noise: Latents,
         labels: Wanted,
         *,
-        schedule: str | Schedule | None = None,
+        schedule: WantedSchedule = None,
         guidance_scale: float | jax.Array | None = None,
         guidance: str | None = None,
         guidance_interval: GuidanceInterval = None,
@@ -102,7 +101,7 @@ class Generation(Editing):
     def check(
         self,
         labels: Wanted,
-        schedule: str | Schedule,
+        schedule: WantedSchedule,
         guidance_scale: float | jax.Array | None = None,
         guidance: str | None = None,
         guidance_interval: GuidanceInterval = None,

@@ -11,7 +11,7 @@ import numpy as np
 from flowturbo_jax.interfaces import ImageBytes, InputError
 from flowturbo_jax.pipelines.generation import Generation
 from flowturbo_jax.pipelines.pipeline import GuidanceInterval
-from flowturbo_jax.schedule import Schedule
+from flowturbo_jax.pipelines.plan import WantedSchedule
 
 Prompts = str | Sequence[str] | np.ndarray | jax.Array
 SHOWN = 60  # letters of a text in a message
@@ -34,7 +34,7 @@ class TextToImage(Generation):
         negative_prompts: str | Sequence[str] | None = None,
         seeds: int | Sequence[int] | np.ndarray = 0,
         first_index: int = 0,
-        schedule: str | Schedule | None = None,
+        schedule: WantedSchedule = None,
         guidance_scale: float | jax.Array | None = None,
         guidance: str | None = None,
         guidance_interval: GuidanceInterval = None,
