@@ -111,11 +111,11 @@ class LearntSolver:
                     f"{network}_sha256 is {sha256!r}; it must be the text that says which "
                     f"{network} it was learnt for"
                 )
+        for numbers in self.numbers:
+            _check(numbers, self.schedule)
         scales = [numbers.guidance_scale for numbers in self.numbers]
         if not scales or any(a >= b for a, b in itertools.pairwise(scales)):
             raise InputError(f"the guidance scales are {scales}; one or more are needed, rising")
-        for numbers in self.numbers:
-            _check(numbers, self.schedule)
 
     @property
     def scales(self) -> tuple[float, ...]:
@@ -224,8 +224,9 @@ class LearntSolver:
             raise InputError("its card must be a JSON object")
         try:
             numbers = tuple(_read_numbers(one) for one in fields["numbers"])
-            schedule = Schedule.parse(fields["schedule"])
-            return cls(**{**fields, "schedule": schedule, "numbers": numbers})
+            read = {"schedule": Schedule.parse(fields["schedule"]), "numbers": numbers}
+            read["guidance_interval"] = check_interval(fields["guidance_interval"])
+            return cls(**{**fields, **read})
         except (TypeError, ValueError) as error:  # InputError, too
             raise InputError(f"its numbers are wrong: {error}") from error
 
@@ -244,7 +245,7 @@ def _read_numbers(fields: Any) -> Numbers:
 def _check(numbers: Numbers, schedule: Schedule) -> None:
     """Refuses numbers that are not consistent, or not of the schedule."""
     scale, times, weights = numbers.guidance_scale, numbers.times, numbers.weights
-    where = f"at guidance scale {scale!r}"
+    where = f"at guidance scale {scale!r:.20}"
     flat = [scale, *times, *(weight for row in weights if row is not None for weight in row)]
     if not all(_is_number(value) for value in flat):
         raise InputError(f"{where} not all of its times and weights are finite numbers, below 1e6")
