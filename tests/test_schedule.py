@@ -221,7 +221,7 @@ def test_intervals_tile_the_time_grid():
         ("H1Rs1", "Rs is the refiner of schedules with S, and there is no S"),
         ("R1S4", "schedule R1S4 starts with R, but there is no velocity to refine"),
         ("R12S4", "schedule R12S4 starts with R, but"),
-        ("S5@0.5", "the time grid of S5 is learnt with S; leave out what follows @"),
+        ("S5@0.5", "the time grid of S5@0.5 is learnt with S; leave out what follows @"),
         ("S5@cosine", "the time grid of S5 is learnt with S"),
         ("S4R1@sigmoid", "the time grid of S4R1 is learnt with S"),
         ("H8@0.5@cosine", "has the shift '0.5@cosine'"),
