@@ -2,6 +2,8 @@
 
 from flowturbo_jax import metrics
 from flowturbo_jax.interfaces import Flow, InputError, State
+from flowturbo_jax.learnt_solver import LearntSolver
+from flowturbo_jax.multistep import Solver
 from flowturbo_jax.pipelines.class_to_image import ClassToImage
 from flowturbo_jax.pipelines.program_cache import enable as cache_programs
 from flowturbo_jax.pipelines.text_to_image import TextToImage
@@ -12,7 +14,9 @@ __all__ = [
     "ClassToImage",
     "Flow",
     "InputError",
+    "LearntSolver",
     "Schedule",
+    "Solver",
     "State",
     "TextToImage",
     "cache_programs",

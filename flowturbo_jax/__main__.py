@@ -12,6 +12,7 @@ COMMANDS = {
     "evaluate": "measure schedules of a model directory, or compare measurements",
     "stability": "measure how steady a model's velocity is, and where refining is safe",
     "tune": "find the best schedules of a model on this device",
+    "solve": "learn a solver of few evaluations for a model",
     "benchmark": "measure how fast schedules are on this device, and where the time goes",
     "demo": "open a page in the browser to generate, edit and inpaint",
     "statistics": "take the statistics of real images that evaluate compares with",

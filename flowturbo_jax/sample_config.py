@@ -42,8 +42,10 @@ class SampleConfig(Recipe):
 
     Attributes:
       model_dir: model directory, or the name of a shipped model.
-      schedule: which block makes each step, or what `tune` found: "fast", "balanced" or "best".
-      baseline: a second schedule to sample the same noise with and compare; "" for none.
+      schedule: which block makes each step, such as H1P5R3, S5 where the model has learnt it, or
+        what `tune` found: "fast", "balanced" or "best".
+      baseline: other schedules, with commas between, to sample the same noise with and compare; ""
+        for none.
       seed: image i is image i of this seed.
       seeds: whole numbers with commas between, one for each image in turn, which is the first image
         of its seed; "" for seed.
@@ -188,7 +190,8 @@ class SampleConfig(Recipe):
     @property
     def schedules(self) -> tuple[str, ...]:
         """The schedules to sample with, the baseline first."""
-        return (self.baseline, self.schedule) if self.baseline else (self.schedule,)
+        others = [text.strip() for text in self.baseline.split(",") if text.strip()]
+        return (*others, self.schedule)
 
     @property
     def prompts(self) -> tuple[str, ...]:

@@ -26,7 +26,7 @@ NAMES = {
     "P": "pseudo corrector",
     "R": "refiner",
     "Rc": "refiner, chained rule",
-    "S": "learnt multistep solver",
+    "S": "learnt solver",
 }
 ADAMS = {"A2": 2, "A3": 3, "A4": 4}  # Adams-Bashforth's methods, and their orders
 LEARNT_ROWS = ("S", "Rs")  # steps whose weights are learnt; Rs is what R is in their company
@@ -219,6 +219,17 @@ class Schedule:
     def refiner_evaluations(self) -> int:
         """Refiner evaluations per sample; a guided evaluation counts once."""
         return sum(EVALUATIONS[run.block][1] * run.steps for run in self.runs)
+
+    @property
+    def method(self) -> str:
+        """What to call it in a word or two, such as "Heun", "FlowTurbo" or "Learnt solver"."""
+        if self.learns_weights:
+            return NAMES["S"].capitalize()
+        if self.blocks & ADAMS.keys() and not self.needs_refiner:
+            return "Adams-Bashforth"
+        if len(self.blocks) == 1:
+            return NAMES[self.runs[0].block].capitalize()
+        return "Euler, Heun" if self.blocks == {"E", "H"} else "FlowTurbo"
 
     @property
     def learns_weights(self) -> bool:

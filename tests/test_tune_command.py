@@ -29,6 +29,8 @@ QUICK = (
     "--shifts=0.5",
     "--intervals=",
     "--one-order",
+    "--spacings=cosine",
+    "--adams=A2",
     "--baselines=H2",
 )
 
@@ -114,6 +116,8 @@ def test_a_metric_ranks_finalists_and_its_correlation_is_reported(model, tmp_pat
         (["--intervals=0.9:0.1"], "guidance_interval is (0.9, 0.1)"),
         (["--modes=loud"], "guidance modes"),
         (["--rules=X"], "refiner rules"),
+        (["--spacings=wide"], "spacings are to be"),
+        (["--adams=A7"], "adams is to be"),
         (["--metric=beauty"], "--metric is 'beauty'"),
         (["--noises=2"], "at least 8 noises"),
         (["--baselines=Q3"], "unknown block 'Q'"),
@@ -172,9 +176,9 @@ def test_a_preset_says_how_to_guide_unless_another_mode_is_asked_for(model, tmp_
     presets = {"fast": Preset("H1P1", "official", (0.0, 0.5)), "best": Preset("H2", "paired")}
     model_directory.write_schedules(copy, presets)
     pipe = ft.ClassToImage.load(copy)
-    assert pipe.plan("fast")[1:] == ("official", 1.5, (0.0, 0.5))
+    assert pipe.plan("fast")[1:4] == ("official", 1.5, (0.0, 0.5))
     assert pipe.plan("fast", guidance="official") == pipe.plan("fast")
-    assert pipe.plan("fast", guidance="paired")[1:] == ("paired", 1.5, None)
+    assert pipe.plan("fast", guidance="paired")[1:4] == ("paired", 1.5, None)
     assert pipe.plan("fast", guidance_interval="0.2:0.4").interval == (0.2, 0.4)
     assert pipe.plan("fast", 3.0).scale == 3.0
     assert pipe.plan("best").interval is None

@@ -56,7 +56,16 @@ def test_on_an_exact_flow_the_known_ordering_is_found(tuner, mixture):
 
 def test_the_front_of_an_exact_flow_is_pseudo_correctors(tuner, mixture):
     space = tuning.space_for(
-        mixture, Space(max_evaluations=8, shifts=(), intervals=(), modes=("paired",), orders=False)
+        mixture,
+        Space(
+            max_evaluations=8,
+            shifts=(),
+            intervals=(),
+            modes=("paired",),
+            orders=False,
+            spacings=(),
+            adams=(),
+        ),
     )
     front = tuner.search(space, mixture.plan("H4"))
     costs = [one.cost for one in front]

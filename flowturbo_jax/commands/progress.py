@@ -35,3 +35,23 @@ def images_done(description: str = "", unit: str = "image") -> Iterator[Callable
     finally:
         for bar in bars:
             bar.close()
+
+
+@contextlib.contextmanager
+def bars(unit: str = "step") -> Iterator[Callable[[str, int, int], Any]]:
+    """What shows one piece of work after another, `(what, done, total)`, each with a bar.
+
+    Args:
+      unit: what is counted.
+    """
+    with contextlib.ExitStack() as stack:
+        current: dict[str, Any] = {}
+
+        def show(what: str, done: int, total: int) -> None:
+            if what not in current:
+                stack.close()
+                current.clear()
+                current[what] = stack.enter_context(images_done(what, unit))
+            current[what](done, total)
+
+        yield show

@@ -1,4 +1,4 @@
-"""Samples the same noise with two schedules: a picture of both, their scores, and a card."""
+"""Samples the same noise with several schedules: a picture, their scores, and cards."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -114,16 +114,9 @@ def title(card: Mapping[str, Any], ms_per_image: float) -> list[str]:
       ms_per_image: what sampling takes.
     """
     schedule = Schedule.parse(card["schedule"])
-    methods = {
-        frozenset("H"): "Heun",
-        frozenset("E"): "Euler",
-        frozenset("EH"): "Euler, Heun",
-        frozenset("P"): "Pseudo corrector",
-    }
-    method = methods.get(schedule.blocks, "FlowTurbo")
     refiner = f" + {card['refiner_evaluations']} refiner" if schedule.needs_refiner else ""
     return [
-        f"{method} {schedule}",
+        f"{schedule.method} {schedule}",
         f"{card['predictor_evaluations']} evaluations{refiner}, {ms_per_image:.2f} ms/image",
     ]
 

@@ -16,14 +16,14 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from flowturbo_jax import model_directory, run_folder
+from flowturbo_jax import learnt_solver, model_directory, run_folder
 from flowturbo_jax.commands import tune_plot
 from flowturbo_jax.commands.entry import LineParser, one_line
-from flowturbo_jax.commands.progress import images_done, say
+from flowturbo_jax.commands.progress import bars, images_done, say
 from flowturbo_jax.interfaces import InputError
 from flowturbo_jax.pipelines import any_model, evaluation, fronts, judging, tuning
 from flowturbo_jax.pipelines.candidates import Space
@@ -31,6 +31,7 @@ from flowturbo_jax.pipelines.class_to_image import ClassToImage
 from flowturbo_jax.pipelines.fine_solution import TOLERANCE
 from flowturbo_jax.pipelines.fronts import Finalist
 from flowturbo_jax.pipelines.judging import Judges
+from flowturbo_jax.pipelines.plan import Plan
 from flowturbo_jax.pipelines.tuning import Tuner
 
 LOWER = ("frechet_distance", "spatial_frechet_distance")
@@ -70,7 +71,7 @@ def main(argv: Sequence[str]) -> None:
                 )
             )
             judging.check_fits(shape, judges)
-        with _progress() as show:
+        with bars() as show:
             tuner = Tuner(
                 pipe,
                 exact,
@@ -81,7 +82,7 @@ def main(argv: Sequence[str]) -> None:
                 latency_batch=args.latency_batch,
                 on_progress=show,
             )
-            front = tuner.search(space, baselines[0])
+            front = tuner.search(space, baselines[0], _learnt(pipe, asked))
             chosen = [one.plan for one in fronts.thinned(front, args.finalists)]
             measured = tuner.finalists(list(dict.fromkeys([*baselines, *chosen])))
         if judges is not None:
@@ -111,6 +112,17 @@ def main(argv: Sequence[str]) -> None:
     print(f"wrote {one_line(str(out / 'tune.json'))}, tune.png and tune.svg")
 
 
+def _learnt(pipe: ClassToImage, asked: tuple[float | None, str]) -> list[Plan]:
+    """Plans by the solvers that the model directory has; those that do not fit are left out."""
+    plans = []
+    for schedule in learnt_solver.learnt_schedules(pipe.model.directory):
+        try:
+            plans.append(pipe.plan(schedule, *asked))
+        except InputError as error:
+            say(f"left out: {error}")
+    return plans
+
+
 def _parser() -> LineParser:
     parser = LineParser(prog="python -m flowturbo_jax tune", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
@@ -124,6 +136,10 @@ def _parser() -> LineParser:
     add("--rules", default=",".join(DEFAULTS.refiner_rules), help="refiner rules (R,Rc)")
     shifts = ",".join(f"{shift:g}" for shift in DEFAULTS.shifts)
     add("--shifts", default=shifts, help=f"of the time grid, beside 1 ({shifts})")
+    spacings = ",".join(DEFAULTS.spacings)
+    adams = ",".join(DEFAULTS.adams)
+    add("--adams", default=adams, help=f"Adams-Bashforth's methods to try ({adams})")
+    add("--spacings", default=spacings, help=f"other time grids ({spacings})")
     intervals = ",".join(DEFAULTS.intervals)
     add("--intervals", default=intervals, help=f"of guidance, beside all ({intervals})")
     add("--one-order", action="store_true", help="try no other order than H, P, R")
@@ -157,24 +173,10 @@ def _space(args: argparse.Namespace) -> Space:
         refiner_rules=words(args.rules),
         shifts=shifts,
         intervals=words(args.intervals),
+        spacings=words(args.spacings),
+        adams=words(args.adams),
         orders=not args.one_order,
     )
-
-
-@contextlib.contextmanager
-def _progress() -> Iterator[Any]:
-    """A bar for each piece of work, one after another."""
-    with contextlib.ExitStack() as stack:
-        current: dict[str, Any] = {}
-
-        def show(what: str, done: int, total: int) -> None:
-            if what not in current:
-                stack.close()
-                current.clear()
-                current[what] = stack.enter_context(images_done(what, unit="step"))
-            current[what](done, total)
-
-        yield show
 
 
 def _judged(

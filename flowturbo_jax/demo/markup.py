@@ -14,7 +14,6 @@ import numpy as np
 from flowturbo_jax import images
 from flowturbo_jax.demo.handlers import Made, Picture, Pictures
 from flowturbo_jax.interfaces import InputError
-from flowturbo_jax.schedule import NAMES, Schedule
 
 SIDE = 768  # pixels that a picture is enlarged to, by whole factors
 MOST_PLOT_BYTES = 4 * 2**20
@@ -48,17 +47,11 @@ def made(result: Made, alt: str) -> str:
     refiner = f" + {schedule.refiner_evaluations} refiner" if schedule.needs_refiner else ""
     return figure(
         result.images,
-        f"{method(schedule)} {schedule}",
+        f"{schedule.method} {schedule}",
         f"{schedule.predictor_evaluations} evaluations{refiner}, {result.ms_per_image:.2f} "
         "ms/image",
         f"{alt}, by {schedule}",
     )
-
-
-def method(schedule: Schedule) -> str:
-    """What to call a schedule: its only block, or FlowTurbo."""
-    (block, *others) = schedule.blocks
-    return "FlowTurbo" if others else NAMES[block].capitalize()
 
 
 def side_by_side(*figures: str) -> str:

@@ -7,7 +7,7 @@ from itertools import permutations
 from flowturbo_jax.guidance import MODES, check_interval
 from flowturbo_jax.interfaces import InputError
 from flowturbo_jax.pipelines.plan import Plan
-from flowturbo_jax.schedule import MAX_SHIFT, Run, Schedule
+from flowturbo_jax.schedule import ADAMS, COSINE, MAX_SHIFT, SHIFTED, SIGMOID, Run, Schedule
 
 RULES = ("R", "Rc")
 
@@ -25,6 +25,8 @@ class Space:
       shifts: of the time grid, beside 1.
       intervals: of guidance, text such as "0.1:1", beside all of the time.
       orders: whether to try other orders than H, P, R.
+      spacings: time grids beside shifted ones: "cosine", "sigmoid".
+      adams: Adams-Bashforth's methods to begin with, too: "A2", "A3", "A4".
     """
 
     max_evaluations: int = 12
@@ -34,6 +36,8 @@ class Space:
     shifts: tuple[float, ...] = (0.35, 0.5, 0.71, 1.41, 2.0)
     intervals: tuple[str, ...] = ("0:0.8", "0.1:1", "0.2:1")
     orders: bool = True
+    spacings: tuple[str, ...] = (COSINE, SIGMOID)
+    adams: tuple[str, ...] = ("A2", "A3")
 
     def __post_init__(self):
         if not 2 <= self.max_evaluations <= 100:
@@ -53,16 +57,28 @@ class Space:
             )
         for shift in self.shifts:
             Schedule((Run("H", 1),), shift)
+        if set(self.spacings) - {COSINE, SIGMOID}:
+            raise InputError(f"spacings are to be {self.spacings}; known are {COSINE}, {SIGMOID}")
+        if set(self.adams) - ADAMS.keys():
+            raise InputError(f"adams is to be {self.adams}; known are {', '.join(ADAMS)}")
         for interval in self.intervals:
             check_interval(interval)
 
     def start(self, scale: float) -> list[Plan]:
         """Every count of H, P and R within the limits, in that order, on the uniform grid.
 
+        And Adams-Bashforth's methods, from the start or after an H.
+
         Args:
           scale: of guidance.
         """
-        plans = []
+        plans = [
+            Plan(Schedule(runs), self.modes[0], scale, None)
+            for block in self.adams
+            for n in range(2, self.max_evaluations + 1)
+            for runs in ((Run(block, n),), (Run("H", 1), Run(block, n - 1)))
+            if Schedule(runs).predictor_evaluations <= self.max_evaluations
+        ]
         # From H1 on: a P with nothing before it is an H.
         for h in range(1, self.max_evaluations // 2 + 1):
             for p in range(self.max_evaluations + 1):
@@ -76,11 +92,17 @@ class Space:
     def beside(self, plan: Plan) -> Iterator[Plan]:
         """Plans that differ from one in one thing: grid, rule, order, mode or interval."""
         schedule = plan.schedule
+        if schedule.learnt:  # all of it goes together
+            return
         if self.shifts:
             around = (schedule.shift * factor for factor in (0.84, 1.19))
             for shift in (1.0, *self.shifts, *around):
                 if 1 / MAX_SHIFT <= shift <= MAX_SHIFT:
-                    yield plan._replace(schedule=dataclasses.replace(schedule, shift=shift))
+                    grid = {"shift": shift, "spacing": SHIFTED}
+                    yield plan._replace(schedule=dataclasses.replace(schedule, **grid))
+        for spacing in self.spacings:
+            grid = {"shift": 1.0, "spacing": spacing}
+            yield plan._replace(schedule=dataclasses.replace(schedule, **grid))
         for rule in self.refiner_rules:
             runs = tuple(
                 Run(rule, run.steps) if run.block in RULES else run for run in schedule.runs

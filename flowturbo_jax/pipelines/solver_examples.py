@@ -79,4 +79,4 @@ def on_the_way(
     position = t * way.shape[1]
     before = jnp.clip(jnp.floor(position), 0, way.shape[1] - 1).astype(jnp.int32)
     begin = jnp.where(before == 0, noise, way[:, jnp.maximum(before - 1, 0)])
-    return begin + (position - before) * (way[:, before] - begin)
+    return begin + (position - before.astype(position.dtype)) * (way[:, before] - begin)

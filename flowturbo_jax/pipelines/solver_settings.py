@@ -41,7 +41,7 @@ class Search:
     steps: int = 300
     batch_size: int = 64
     learning_rate: float = 2e-2
-    noises: int = 1024
+    noises: int = 512
     held_out: int = 256
     trajectory_weight: float = 0.1
     loss: str = "latents"

@@ -113,19 +113,20 @@ class Tuner:
             "jax": jax.__version__,
         }
 
-    def search(self, space: Space, baseline: Plan) -> list[Screened]:
+    def search(self, space: Space, baseline: Plan, learnt: Sequence[Plan] = ()) -> list[Screened]:
         """Searches a space, and returns the front of what is worth having, cheapest first.
 
         Args:
           space: what may be tried.
           baseline: what a user would take without a search; plans far worse are not looked into.
             Its guidance scale is that of all plans.
+          learnt: more plans to begin with, by the model's own solvers.
 
         Raises:
           InputError: the fine solution fails, or the folder cannot be written to.
         """
         few = self._few
-        screened = self.screen(space.start(baseline.scale), few, "first screen")
+        screened = self.screen([*space.start(baseline.scale), *learnt], few, "first screen")
         kept, some = near_front(screened, KEPT_FIRST), max(few, self._noises // SECOND_SHARE)
         found = self.screen([one.plan for one in kept], some, "second screen")
         (known,) = self.screen([baseline], some, "")
@@ -254,7 +255,8 @@ class Tuner:
 
 def _key(plan: Plan) -> str:
     """A plan without any rounding."""
-    return f"{plan.schedule} {plan.guidance} {float(plan.scale)!r} {plan.interval!r}"
+    numbers = "" if plan.solver is None else f" {plan.solver.sha256}"
+    return f"{plan.schedule} {plan.guidance} {float(plan.scale)!r} {plan.interval!r}{numbers}"
 
 
 def _below(screened: Sequence[Screened], worst: float) -> list[Screened]:

@@ -1,0 +1,133 @@
+r"""How near schedules come to the exact solution of a model's flow, and how solvers carry over.
+
+  python -m flowturbo_jax evaluate digits --schedules=H8,S5 --samples=5000 --seeds=0,1,2 \
+      --out=runs/solvers/quality.json
+  python benchmarks/solvers.py --scores=runs/solvers/quality.json --out=runs/solvers
+  python benchmarks/solvers.py --schedules=S5,A2x5 --scales=1,1.25,1.5,2,3,4 --out=runs/solvers
+  python benchmarks/solvers.py --model=runs/other/model --solvers=digits --schedules=S5,A2x5 \
+      --out=runs/solvers
+
+The distance is the root mean square over latents of a seed that no solver was learnt from, to the
+fine solution that tune takes, too (Tsit5 with a tight tolerance). With --scores the table has the
+Fréchet distances and times of those schedules, as evaluate measured them, mean and standard
+deviation over its seeds. With --solvers the solvers of another model are used.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import numpy as np
+
+from flowturbo_jax import learnt_solver, model_directory
+from flowturbo_jax.commands import entry
+from flowturbo_jax.commands.progress import bars
+from flowturbo_jax.interfaces import InputError
+from flowturbo_jax.pipelines import comparison
+from flowturbo_jax.pipelines.class_to_image import ClassToImage
+from flowturbo_jax.pipelines.plan import Plan
+from flowturbo_jax.pipelines.solver_examples import Examples, examples
+from flowturbo_jax.schedule import Schedule
+
+SEED = 1  # solvers are learnt from noises of seed 0 unless they are told otherwise
+BATCH = 64
+
+
+def main(argv: list[str]) -> None:
+    """Reads the command line, measures, and prints a Markdown table."""
+    parser = entry.LineParser(prog="python benchmarks/solvers.py", description=__doc__)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    add = parser.add_argument
+    add("--out", required=True, help="folder of the fine solutions, read where they are there")
+    add("--model", default="digits", help="model directory (digits)")
+    add("--schedules", default="", help="with commas between; those of --scores")
+    add("--scores", help="JSON file of evaluate")
+    add("--scales", default="", help="guidance scales, with commas between; the model's default")
+    add("--solvers", help="model directory whose solvers are used; the model's own")
+    add("--noises", type=int, default=512, help="to measure the distance on (512)")
+    args = parser.parse_args(argv[1:])
+    rows = _scores(args.scores) if args.scores else {}
+    schedules = [text for text in args.schedules.split(",") if text] or list(rows)
+    if not schedules:
+        raise InputError("say what to measure: --schedules=S5,H8, or --scores=FILE")
+    pipe = ClassToImage.load(args.model)
+    scales = [float(text) for text in args.scales.split(",") if text] or [None]
+    plans = [[_plan(pipe, args.solvers, text, scale) for scale in scales] for text in schedules]
+    with bars() as show:
+        found = {
+            scale: _examples(pipe, plans[0][column], args.noises, Path(args.out), show)
+            for column, scale in enumerate(scales)
+        }
+        errors = [
+            [rmse(pipe, plan, found[scale]) for plan, scale in zip(row, scales, strict=True)]
+            for row in plans
+        ]
+    sys.stdout.write(_table(plans, scales, errors, rows) + "\n")
+
+
+def _plan(pipe: ClassToImage, solvers: str | None, text: str, scale: float | None) -> Plan:
+    schedule: Any = text
+    if solvers is not None and Schedule.parse(text).learnt:
+        schedule = learnt_solver.of_model(model_directory.resolve(solvers), Schedule.parse(text))
+    return pipe.plan(schedule, scale)
+
+
+def _examples(pipe: ClassToImage, plan: Plan, count: int, out: Path, show: Any) -> Examples:
+    labels = np.arange(max(pipe.model.description.predictor.num_classes, 1))
+    what = f"fine solution at scale {float(plan.scale):g}"
+    place = (SEED, out / "solutions", BATCH)
+    return examples(pipe, plan, 0, count, labels, *place, lambda *done: show(what, *done))
+
+
+def rmse(pipe: ClassToImage, plan: Plan, given: Examples) -> float:
+    """Root mean square distance of a plan's latents from the fine solution.
+
+    Args:
+      pipe: the model.
+      plan: how to sample.
+      given: noises, and where they lead.
+    """
+    parts = []
+    for first in range(0, len(given.noise), BATCH):
+        rows = np.minimum(np.arange(first, first + BATCH), len(given.noise) - 1)
+        some = given.rows(rows)
+        made = pipe.sample_latents(some.noise, some.labels, **plan.settings)
+        apart = np.asarray(made, np.float64) - some.way[:, -1]
+        parts.append((apart**2).reshape(BATCH, -1).mean(1)[: len(given.noise) - first])
+    return float(np.sqrt(np.concatenate(parts).mean()))
+
+
+def _scores(file: str) -> dict[str, dict[str, list[float]]]:
+    """Of each schedule the Fréchet distances and times, one of each seed."""
+    found: dict[str, dict[str, list[float]]] = {}
+    for row in comparison.read_rows(file):
+        kept = found.setdefault(row["card"]["schedule"], {"fréchet": [], "ms": []})
+        if "frechet_distance" not in row["results"]:
+            raise InputError(f"{file} has no Fréchet distances; evaluate with a --reference")
+        kept["fréchet"].append(row["results"]["frechet_distance"])
+        kept["ms"].append(row["results"]["ms_per_image"])
+    return found
+
+
+def _table(plans: Any, scales: Any, errors: Any, rows: dict[str, dict[str, list[float]]]) -> str:
+    heading = ["schedule", "evaluations", "+ refiner"]
+    heading += ["Fréchet distance", "ms/image"] if rows else []
+    heading += ["RMSE" if scale is None else f"RMSE at {scale:g}" for scale in scales]
+    lines = [heading, ["---"] * len(heading)]
+    for row, distances in zip(plans, errors, strict=True):
+        schedule = row[0].schedule
+        cells = [f"`{schedule}`", str(schedule.predictor_evaluations)]
+        cells.append(str(schedule.refiner_evaluations))
+        if rows:
+            scores = rows.get(str(schedule), {"fréchet": [np.nan], "ms": [np.nan]})
+            cells.append(f"{np.mean(scores['fréchet']):.3f} ± {np.std(scores['fréchet']):.3f}")
+            cells.append(f"{np.mean(scores['ms']):.2f}")
+        lines.append([*cells, *(f"{distance:.4f}" for distance in distances)])
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+
+
+if __name__ == "__main__":
+    entry.run(main)
