@@ -4,11 +4,11 @@
 of each step, to be read and checked by a person. Between scales the numbers are interpolated.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import itertools
 import json
-import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -27,6 +27,7 @@ FORMAT = 1
 FOLDER = "solvers"
 DIGITS = 7  # of times and weights; float32 has as many
 TOLERANCE = 1e-6  # of sums of rounded weights
+LARGEST = 1e6  # of a weight; float32 keeps nothing of the sum of larger ones
 
 Rows = tuple[tuple[float, ...] | None, ...]
 
@@ -100,11 +101,21 @@ class LearntSolver:
         if self.guidance not in MODES:
             raise InputError(f"guidance is {self.guidance!r}; it must be one of {', '.join(MODES)}")
         object.__setattr__(self, "guidance_interval", check_interval(self.guidance_interval))
+        if self.guidance == "none" and self.guidance_interval is not None:
+            raise InputError("guidance 'none' has no guidance_interval; it must be null")
+        for network in ("predictor", "refiner"):
+            used = network == "predictor" or self.schedule.needs_refiner
+            sha256 = getattr(self, f"{network}_sha256")
+            if not isinstance(sha256, str) and (used or sha256 is not None):
+                raise InputError(
+                    f"{network}_sha256 is {sha256!r}; it must be the text that says which "
+                    f"{network} it was learnt for"
+                )
+        for numbers in self.numbers:
+            _check(numbers, self.schedule)
         scales = [numbers.guidance_scale for numbers in self.numbers]
         if not scales or any(a >= b for a, b in itertools.pairwise(scales)):
             raise InputError(f"the guidance scales are {scales}; one or more are needed, rising")
-        for numbers in self.numbers:
-            _check(numbers, self.schedule)
 
     @property
     def scales(self) -> tuple[float, ...]:
@@ -198,24 +209,34 @@ class LearntSolver:
           InputError: it is not JSON, of another format, or its numbers are not consistent.
         """
         try:
-            fields = dict(json.loads(text))
-        except (ValueError, TypeError) as error:
+            fields = json.loads(text)
+        except (ValueError, RecursionError) as error:
             raise InputError(f"it is not JSON ({error})") from error
+        if not isinstance(fields, dict):
+            raise InputError("it must hold a JSON object with the keys format, schedule, ...")
         if fields.pop("format", None) != FORMAT:
             raise InputError(f"it is not of format {FORMAT}; learn it anew")
         names = {field.name for field in dataclasses.fields(cls)}
         missing, unknown = sorted(names - fields.keys()), sorted(fields.keys() - names)
         if missing or unknown:
             raise InputError(f"it has the wrong keys: missing {missing}, unknown {unknown}")
+        if not isinstance(fields["card"], dict):
+            raise InputError("its card must be a JSON object")
         try:
             numbers = tuple(_read_numbers(one) for one in fields["numbers"])
-            schedule = Schedule.parse(fields["schedule"])
-            return cls(**{**fields, "schedule": schedule, "numbers": numbers})
-        except (TypeError, ValueError, KeyError, AttributeError) as error:  # InputError, too
+            read = {"schedule": Schedule.parse(fields["schedule"]), "numbers": numbers}
+            read["guidance_interval"] = check_interval(fields["guidance_interval"])
+            return cls(**{**fields, **read})
+        except (TypeError, ValueError) as error:  # InputError, too
             raise InputError(f"its numbers are wrong: {error}") from error
 
 
-def _read_numbers(fields: Mapping[str, Any]) -> Numbers:
+def _read_numbers(fields: Any) -> Numbers:
+    names = [field.name for field in dataclasses.fields(Numbers)]
+    if not isinstance(fields, dict) or fields.keys() != set(names):
+        raise InputError(f"at each guidance scale they need the keys {', '.join(names)}")
+    if not isinstance(fields["results"], dict):
+        raise InputError("results must be a JSON object")
     rows = tuple(None if row is None else tuple(row) for row in fields["weights"])
     times = tuple(fields["times"])
     return Numbers(**{**fields, "times": times, "weights": rows})
@@ -224,16 +245,17 @@ def _read_numbers(fields: Mapping[str, Any]) -> Numbers:
 def _check(numbers: Numbers, schedule: Schedule) -> None:
     """Refuses numbers that are not consistent, or not of the schedule."""
     scale, times, weights = numbers.guidance_scale, numbers.times, numbers.weights
-    where = f"at guidance scale {scale!r}"
+    where = f"at guidance scale {scale!r:.20}"
     flat = [scale, *times, *(weight for row in weights if row is not None for weight in row)]
     if not all(_is_number(value) for value in flat):
-        raise InputError(f"{where} not all of its times and weights are finite numbers")
+        raise InputError(f"{where} not all of its times and weights are finite numbers, below 1e6")
     if len(times) != schedule.steps + 1 or len(weights) != schedule.steps:
         raise InputError(
             f"{where} it has {len(times)} times and {len(weights)} rows of weights; schedule "
             f"{schedule} needs {schedule.steps + 1} and {schedule.steps}"
         )
-    if (times[0], times[-1]) != (0, 1) or any(a >= b for a, b in itertools.pairwise(times)):
+    steps = np.diff(np.asarray(times, np.float32))  # as sampling takes them
+    if (times[0], times[-1]) != (0, 1) or (steps <= 0).any():
         raise InputError(f"{where} the times {list(times)} do not rise from 0 to 1")
     for i, (row, learnt) in enumerate(zip(weights, schedule.learnt_rows, strict=True)):
         if (row is not None) != learnt or (learnt and len(row) != i + 1):
@@ -244,7 +266,9 @@ def _check(numbers: Numbers, schedule: Schedule) -> None:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    return abs(value) < LARGEST  # not of NaN
 
 
 def place(directory: Path, schedule: Schedule) -> Path:
@@ -294,7 +318,7 @@ def learnt_schedules(directory: Path) -> list[Schedule]:
             schedule = Schedule.parse(file.stem)
         except InputError:
             continue  # a file of the user's own
-        if schedule.learnt:
+        if schedule.learnt and file == place(directory, schedule):
             found.append(schedule)
     return sorted(found, key=lambda one: (one.predictor_evaluations, one.steps, str(one)))
 
@@ -319,7 +343,8 @@ def write(directory: Path, solver: LearntSolver) -> Path:
         draft.write_text(solver.to_json())
         os.replace(draft, file)
     except OSError as error:
-        draft.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # as where there is no folder
+            draft.unlink()
         raise InputError(
             f"cannot write {file}: {error.strerror}; copy the model to a place that can be "
             "written to"

@@ -109,8 +109,8 @@ class Schedule:
             raise InputError(f"the schedule has {self.steps} steps; at most {MAX_STEPS} are taken")
         if runs[0].block in REFINERS:
             raise InputError(
-                f"schedule {self} starts with {runs[0].block}, but there is no velocity to refine "
-                "yet; begin with H, P or E"
+                f"schedule {self} starts with {_letter(runs[0].block)}, but there is no velocity "
+                "to refine yet; begin with H, P or E"
             )
         if self.learns_weights:
             if self.spacing not in (SHIFTED, LEARNT) or self.shift != 1:
@@ -345,7 +345,11 @@ class Schedule:
 def _run_text(run: Run) -> str:
     if run.block in ADAMS:
         return f"{run.block}x{run.steps}"
-    return f"{'R' if run.block == 'Rs' else run.block}{run.steps}"
+    return f"{_letter(run.block)}{run.steps}"
+
+
+def _letter(block: str) -> str:
+    return "R" if block == "Rs" else block  # which of the two it is, its company says
 
 
 def _shorten(text: str) -> str:

@@ -35,6 +35,16 @@ def letters(text):
         ("(R1P1)x0E1", "E"),
         ("H010", "H " * 10),
         ("H10000", "H " * 10_000),
+        ("A2x8", "A2 " * 8),
+        ("H1A3x2A4x1", "H A3 A3 A4"),
+        ("A2x0H1", "H"),
+        ("(A2x2H1)x2", "A2 A2 H A2 A2 H"),
+        ("S5", "S S S S S"),
+        ("H1S4", "H S S S S"),
+        ("S4R1", "S S S S Rs"),
+        ("(S1R1)x2", "S Rs S Rs"),
+        ("H1R1S1", "H Rs S"),
+        ("H1R1A2x1", "H R A2"),
     ],
 )
 def test_text_means_these_blocks(text, blocks):
@@ -52,6 +62,18 @@ def test_text_means_these_blocks(text, blocks):
         ("(H1P1H1)x2", "H1P1H2P1H1"),
         ("H2P0R2", "H2R2"),
         ("H1 Rc2", "H1Rc2"),
+        ("(A2x4)x2", "A2x8"),
+        ("A2x1A2x7", "A2x8"),
+        (" A2x8 ", "A2x8"),
+        ("H1A3x6 @ cosine", "H1A3x6@cosine"),
+        ("S5@learnt", "S5"),
+        ("S2S3", "S5"),
+        ("S5@1", "S5"),
+        ("S4Rs1", "S4R1"),
+        ("S1R1S1R1", "(S1R1)x2"),
+        ("(S1A2x1)x3", "(S1A2x1)x3"),
+        ("H1P3@learnt", "H1P3@learnt"),
+        ("H4H4@sigmoid", "H8@sigmoid"),
     ],
 )
 def test_equal_schedules_have_one_text(text, canonical):
@@ -59,6 +81,15 @@ def test_equal_schedules_have_one_text(text, canonical):
     assert str(schedule) == canonical
     assert schedule == Schedule.parse(canonical)
     assert hash(schedule) == hash(Schedule.parse(canonical))
+
+
+def written_out(schedule):
+    """Its text without repetitions."""
+    runs = "".join(
+        f"{'R' if run.block == 'Rs' else run.block}{'x' * run.block.startswith('A')}{run.steps}"
+        for run in schedule.runs
+    )
+    return runs + f"@{schedule.spacing}" * (schedule.spacing == "cosine")
 
 
 def test_any_schedule_survives_its_own_text():
@@ -70,14 +101,16 @@ def test_any_schedule_survives_its_own_text():
             if depth and rng.random() < 0.4:
                 parts.append(f"({text(depth - 1)})x{rng.randint(1, 3)}")
             else:
-                parts.append(f"{rng.choice(['E', 'H', 'P', 'R', 'Rc'])}{rng.randint(1, 3)}")
+                parts.append(f"{rng.choice(blocks)}{rng.randint(1, 3)}")
         return "".join(parts)
 
-    for _ in range(300):
-        written = "H1" + text(2)
+    for number in range(450):
+        learnt = number % 3 == 2
+        blocks = ["E", "H", "P", "R", "A2x", "A4x", "S" if learnt else "Rc"]
+        written = "H1" + text(2) + ["", "@cosine", ""][number % 3]
         schedule = Schedule.parse(written)
         assert Schedule.parse(str(schedule)) == schedule, written
-        assert len(str(schedule)) <= len("".join(f"{r.block}{r.steps}" for r in schedule.runs))
+        assert len(str(schedule)) <= len(written_out(schedule))
         assert schedule.steps == len(letters(written))
         assert all(
             a.block != b.block for a, b in zip(schedule.runs, schedule.runs[1:], strict=False)
@@ -114,6 +147,15 @@ def test_counts_are_the_official_samplers(heun, corrector, refiner):
         ("H1Rc3", 2, 6),
         ("(H1P1R1)x3", 9, 6),
         ("H1R1P2", 4, 2),
+        ("A2x8", 8, 0),
+        ("H1A4x5", 7, 0),
+        ("S5", 5, 0),
+        ("H1S4", 6, 0),
+        ("S4R1", 4, 1),  # one evaluation for R in the company of S
+        ("(S1R2)x3", 3, 6),
+        ("P1S3R1", 5, 1),
+        ("H1P3@learnt", 5, 0),
+        ("A2x3R1", 3, 2),
     ],
 )
 def test_counts_of_other_orders(text, predictor, refiner):
@@ -163,6 +205,29 @@ def test_intervals_tile_the_time_grid():
         ("(H1P1)", r"cannot be read at '\)'"),
         ("(H1P1)x", r"cannot be read at '\)x'"),
         ("H1(", "has an open bracket"),
+        ("A5x2", "unknown block 'A5'"),
+        ("A1x2", "unknown block 'A1'"),
+        ("a2x8", "unknown block 'a'"),
+        ("A2", "unknown block 'A'"),
+        ("A2 8", "unknown block 'A' in schedule 'A2 8'"),
+        ("A28", "unknown block 'A'"),
+        ("A2x", "unknown block 'A'"),
+        ("Ax8", "cannot be read at 'Ax8'|unknown block 'Ax'"),
+        ("E2x8", "unknown block 'x'"),
+        ("S", "cannot be read at 'S'"),
+        ("S0", "has no steps"),
+        ("s5", "unknown block 's'"),
+        ("S4Rc1", "beside S the refiner has no chained rule; write R"),
+        ("H1Rs1", "Rs is the refiner of schedules with S, and there is no S"),
+        ("R1S4", "schedule R1S4 starts with R, but there is no velocity to refine"),
+        ("R12S4", "schedule R12S4 starts with R, but"),
+        ("S5@0.5", "the time grid of S5@0.5 is learnt with S; leave out what follows @"),
+        ("S5@cosine", "the time grid of S5 is learnt with S"),
+        ("S4R1@sigmoid", "the time grid of S4R1 is learnt with S"),
+        ("H8@0.5@cosine", "has the shift '0.5@cosine'"),
+        ("H8@cosine0.5", "has the shift 'cosine0.5'"),
+        ("H8@shifted", "has the shift 'shifted'; write a number such as @0.5, or @cosine"),
+        ("H8@Cosine", "has the shift 'Cosine'"),
     ],
 )
 def test_unusable_text_is_refused_with_its_reason(text, message):
@@ -187,6 +252,8 @@ def test_message_about_text_explains_the_grammar():
         ((Run("H", 0),), r"block H has \[0\] steps"),
         ((Run("H", 2), Run("P", -1)), r"block P has \[-1\] steps"),
         ((Run("R", 2),), "starts with R"),
+        ((Run("A5", 2),), "unknown block 'A5'"),
+        ((Run("S", 2), Run("Rc", 1)), "beside S the refiner has no chained rule"),
     ],
 )
 def test_unusable_runs_are_refused(runs, message):
@@ -328,3 +395,79 @@ def test_a_shifted_grid_starts_and_ends_exactly(t_start):
         for steps in (1, 13):
             grid = np.asarray(Schedule((Run("H", steps),), float(shift)).time_grid(t_start))
             assert (grid[0], grid[-1]) == (np.float32(1) - (np.float32(1) - np.float32(t_start)), 1)
+
+
+@pytest.mark.parametrize("spacing", ["cosine", "sigmoid"])
+@pytest.mark.parametrize("t_start", [0.0, 0.4])
+@pytest.mark.parametrize("steps", [1, 2, 5, 8, 500])
+def test_a_curved_grid_is_its_formula(spacing, t_start, steps):
+    schedule = Schedule.parse(f"H{steps}@{spacing}")
+    grid = np.asarray(schedule.time_grid(t_start, jnp.float32))
+    u = np.linspace(0, 1, steps + 1)
+    if spacing == "cosine":
+        share = np.sin(np.pi * u / 2) ** 2
+    else:  # the logistic curve on [-3, 3], from 0 to 1; a hyperbolic tangent
+        share = (1 + np.tanh(3 * (u - 0.5)) / np.tanh(1.5)) / 2
+    np.testing.assert_allclose(grid, t_start + (1 - t_start) * share, rtol=0, atol=2e-7)
+    assert (grid[0], grid[-1]) == (np.float32(1) - (np.float32(1) - np.float32(t_start)), 1)
+    assert (np.diff(grid) > 0).all()
+    if t_start == 0:
+        np.testing.assert_array_equal(schedule.times(), grid)
+        # The same seen from both ends: finer at each than in the middle.
+        np.testing.assert_allclose(grid, 1 - grid[::-1], rtol=0, atol=1.2e-7)
+        lengths = np.diff(grid)
+        assert steps < 3 or lengths[0] == pytest.approx(lengths.min(), abs=1e-6)
+
+
+@pytest.mark.parametrize("t_start", [0.0, 0.25])
+def test_a_learnt_grid_is_the_times_it_is_given(t_start):
+    times = np.float32([0, 0.2, 0.3, 0.75, 1])
+    for text in ("S4", "H1P3@learnt", "H1S2R1"):
+        schedule = Schedule.parse(text)
+        grid = np.asarray(jax.jit(schedule.time_grid)(t_start, times=times))
+        wanted = t_start + (1 - t_start) * times.astype(np.float64)
+        np.testing.assert_allclose(grid, wanted, rtol=0, atol=1.2e-7)
+        assert (grid[0], grid[-1]) == (t_start, 1)
+        for ask in (schedule.time_grid, schedule.times, schedule.left):
+            with pytest.raises(
+                InputError, match=re.escape(f"time grid of {text} is learnt: it is")
+            ):
+                ask()
+
+
+@pytest.mark.parametrize(
+    ("text", "learnt", "weights", "remembered", "rows", "orders"),
+    [
+        ("S3", True, True, 3, (True,) * 3, (0, 0, 0)),
+        ("H1S2R1", True, True, 4, (False, True, True, True), (0,) * 4),
+        ("S2H2", True, True, 2, (True, True, False, False), (0,) * 4),
+        ("H1P2@learnt", True, False, 0, (False,) * 3, (0, 0, 0)),
+        ("H1A3x2@learnt", True, False, 3, (False,) * 3, (0, 3, 3)),
+        ("A4x2", False, False, 2, (False,) * 2, (4, 4)),
+        ("A2x8", False, False, 2, (False,) * 8, (2,) * 8),
+        ("E4A2x1S1", True, True, 6, (False,) * 5 + (True,), (0, 0, 0, 0, 2, 0)),
+        ("H1P2R1", False, False, 0, (False,) * 4, (0,) * 4),
+    ],
+)
+def test_a_schedule_says_what_its_solver_is_to_hold(
+    text, learnt, weights, remembered, rows, orders
+):
+    schedule = Schedule.parse(text)
+    assert (schedule.learnt, schedule.learns_weights) == (learnt, weights)
+    assert (schedule.remembered, schedule.learnt_rows, schedule.orders) == (
+        remembered,
+        rows,
+        orders,
+    )
+
+
+def test_a_grid_is_shifted_or_curved():
+    with pytest.raises(InputError, match="shifted or cosine, not both; leave one out"):
+        Schedule((Run("H", 4),), 0.5, "cosine")
+    with pytest.raises(InputError, match="shifted or learnt, not both"):
+        Schedule((Run("H", 4),), 0.5, "learnt")
+    with pytest.raises(InputError, match="the spacing is 'even'; known are shifted, cosine"):
+        Schedule((Run("H", 4),), spacing="even")
+    assert Schedule((Run("S", 2), Run("R", 1))) == Schedule.parse("S2R1")
+    assert Schedule((Run("S", 2),), spacing="learnt") == Schedule.parse("S2")
+    assert len({Schedule.parse(f"H4{grid}") for grid in ("", "@0.5", "@cosine", "@sigmoid")}) == 4
