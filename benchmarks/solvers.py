@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import jax.numpy as jnp
 import numpy as np
 
-from flowturbo_jax import learnt_solver, model_directory
+from flowturbo_jax import model_directory, solver_files
 from flowturbo_jax.commands import entry
 from flowturbo_jax.commands.progress import bars
 from flowturbo_jax.interfaces import InputError
@@ -72,7 +72,7 @@ def main(argv: list[str]) -> None:
 def _plan(pipe: ClassToImage, solvers: str | None, text: str, scale: float | None) -> Plan:
     schedule: Any = text
     if solvers is not None and Schedule.parse(text).learnt:
-        schedule = learnt_solver.of_model(model_directory.resolve(solvers), Schedule.parse(text))
+        schedule = solver_files.of_model(model_directory.resolve(solvers), Schedule.parse(text))
     return pipe.plan(schedule, scale)
 
 

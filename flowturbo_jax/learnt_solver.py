@@ -4,12 +4,10 @@
 of each step, to be read and checked by a person. Between scales the numbers are interpolated.
 """
 
-import contextlib
 import dataclasses
 import hashlib
 import itertools
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -24,7 +22,6 @@ from flowturbo_jax.multistep import Solver
 from flowturbo_jax.schedule import Schedule
 
 FORMAT = 1
-FOLDER = "solvers"
 DIGITS = 7  # of times and weights; float32 has as many
 TOLERANCE = 1e-6  # of sums of rounded weights
 LARGEST = 1e6  # of a weight; float32 keeps nothing of the sum of larger ones
@@ -202,6 +199,21 @@ class LearntSolver:
         return ",\n  ".join(texts)
 
     @classmethod
+    def read(cls, file: str | Path) -> "LearntSolver":
+        """Reads and validates a file.
+
+        Raises:
+          InputError: it cannot be read, or is not consistent.
+        """
+        try:
+            return cls.from_json(Path(file).read_text())
+        except (OSError, UnicodeDecodeError) as error:
+            reason = error.strerror if isinstance(error, OSError) else "it is no text"
+            raise InputError(f"cannot read {file}: {reason}") from error
+        except InputError as error:
+            raise InputError(f"{file}: {error}") from error
+
+    @classmethod
     def from_json(cls, text: str) -> "LearntSolver":
         """Reads the text of a file.
 
@@ -269,84 +281,3 @@ def _is_number(value: Any) -> bool:
     if isinstance(value, bool) or not isinstance(value, int | float):
         return False
     return abs(value) < LARGEST  # not of NaN
-
-
-def place(directory: Path, schedule: Schedule) -> Path:
-    """The file of a schedule's solver in a model directory."""
-    return directory / FOLDER / f"{schedule}.json"
-
-
-def read(file: Path) -> LearntSolver:
-    """Reads and validates a file.
-
-    Raises:
-      InputError: it cannot be read, or is not consistent.
-    """
-    try:
-        return LearntSolver.from_json(file.read_text())
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "it is no text"
-        raise InputError(f"cannot read {file}: {reason}") from error
-    except InputError as error:
-        raise InputError(f"{file}: {error}") from error
-
-
-def of_model(directory: Path, schedule: Schedule) -> LearntSolver:
-    """The solver that a model directory has for a schedule.
-
-    Raises:
-      InputError: it has none, or it is of another schedule or not consistent.
-    """
-    file = place(directory, schedule)
-    if not file.is_file():
-        there = ", ".join(map(str, learnt_schedules(directory))) or "none"
-        raise InputError(
-            f"the model in {directory} has no solver {schedule} (it has {there}); learn it: "
-            f"python -m flowturbo_jax solve {directory} --schedule={schedule}"
-        )
-    found = read(file)
-    if found.schedule != schedule:
-        raise InputError(f"{file} is the solver of {found.schedule}; give it back its name")
-    return found
-
-
-def learnt_schedules(directory: Path) -> list[Schedule]:
-    """The schedules that a model directory has solvers for, the cheapest first."""
-    found = []
-    for file in (directory / FOLDER).glob("*.json"):
-        try:
-            schedule = Schedule.parse(file.stem)
-        except InputError:
-            continue  # a file of the user's own
-        if schedule.learnt and file == place(directory, schedule):
-            found.append(schedule)
-    return sorted(found, key=lambda one: (one.predictor_evaluations, one.steps, str(one)))
-
-
-def write(directory: Path, solver: LearntSolver) -> Path:
-    """Writes a solver into a model directory, whole or not at all.
-
-    Args:
-      directory: of the model.
-      solver: to write; one of the same schedule is replaced.
-
-    Returns:
-      The file.
-
-    Raises:
-      InputError: it cannot be written.
-    """
-    file = place(directory, solver.schedule)
-    draft = file.with_name(f".{file.name}-{os.getpid()}")
-    try:
-        file.parent.mkdir(exist_ok=True)
-        draft.write_text(solver.to_json())
-        os.replace(draft, file)
-    except OSError as error:
-        with contextlib.suppress(OSError):  # as where there is no folder
-            draft.unlink()
-        raise InputError(
-            f"cannot write {file}: {error.strerror}; copy the model to a place that can be "
-            "written to"
-        ) from error
-    return file

@@ -44,6 +44,7 @@ LAYERS = (  # lowest first; patterns are relative to the package, but for the tw
             "model_description.py",
             "model_directory.py",
             "learnt_solver.py",
+            "solver_files.py",
             "model_files.py",
             "quantization.py",
             "logbook.py",

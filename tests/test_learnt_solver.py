@@ -15,7 +15,7 @@ from test_commands import run
 
 import flowturbo_jax as ft
 import sample as sample_script
-from flowturbo_jax import learnt_solver, model_directory
+from flowturbo_jax import model_directory, solver_files
 from flowturbo_jax.__main__ import main as package_main
 from flowturbo_jax.interfaces import InputError
 from flowturbo_jax.learnt_solver import LearntSolver, Numbers
@@ -76,19 +76,19 @@ TEXTS = ["S1", "S5", "H1S3", "S2R1", "(S1R1)x2", "H1P3@learnt", "H1A3x2@learnt",
 @pytest.mark.parametrize("interval", [None, (0.1, 0.75)])
 def test_a_solver_survives_its_file(tmp_path, text, scales, interval):
     solver = solver_of(text, scales, guidance_interval=interval)
-    file = learnt_solver.write(tmp_path, solver)
+    file = solver_files.write(tmp_path, solver)
     assert (
         file
         == tmp_path / "solvers" / f"{text}.json"
-        == learnt_solver.place(tmp_path, solver.schedule)
+        == solver_files.place(tmp_path, solver.schedule)
     )
-    found = learnt_solver.of_model(tmp_path, Schedule.parse(text))
+    found = solver_files.of_model(tmp_path, Schedule.parse(text))
     assert found == solver
     assert (found.sha256, hash(found), repr(found)) == (solver.sha256, hash(solver), repr(solver))
     assert found.card == solver.card
     assert [one.results for one in found.numbers] == [one.results for one in solver.numbers]
     assert found.to_json() == solver.to_json() == file.read_text()
-    assert learnt_solver.learnt_schedules(tmp_path) == [solver.schedule]
+    assert solver_files.learnt_schedules(tmp_path) == [solver.schedule]
 
 
 @pytest.mark.parametrize("text", TEXTS)
@@ -248,10 +248,10 @@ def test_a_file_edited_wrongly_is_refused_in_a_line(tmp_path, as_users_run_it, w
     file = tmp_path / "solvers" / "S3.json"
     file.parent.mkdir()
     file.write_text(edited(lambda fields: None))
-    learnt_solver.of_model(tmp_path, Schedule.parse("S3"))  # as it was, it is good
+    solver_files.of_model(tmp_path, Schedule.parse("S3"))  # as it was, it is good
     file.write_text(edited(change))
     with pytest.raises(InputError, match=message) as error:
-        learnt_solver.of_model(tmp_path, Schedule.parse("S3"))
+        solver_files.of_model(tmp_path, Schedule.parse("S3"))
     assert str(error.value).startswith(f"{file}: ")
     assert "\n" not in str(error.value)
 
@@ -277,17 +277,17 @@ def test_what_is_no_such_file_is_refused_in_a_line(tmp_path, as_users_run_it, co
     file.parent.mkdir()
     file.write_bytes(content)
     with pytest.raises(InputError, match=message) as error:
-        learnt_solver.of_model(tmp_path, Schedule.parse("S3"))
+        solver_files.of_model(tmp_path, Schedule.parse("S3"))
     assert str(file) in str(error.value)
     assert "\n" not in str(error.value)
 
 
 def test_a_file_under_another_name_is_refused(tmp_path):
-    file = learnt_solver.write(tmp_path, solver_of("S3"))
+    file = solver_files.write(tmp_path, solver_of("S3"))
     other = file.with_name("S4.json")
     file.rename(other)
     with pytest.raises(InputError, match=r"S4\.json is the solver of S3; give it back its name"):
-        learnt_solver.of_model(tmp_path, Schedule.parse("S4"))
+        solver_files.of_model(tmp_path, Schedule.parse("S4"))
 
 
 @pytest.mark.parametrize(
@@ -307,16 +307,16 @@ def test_a_solver_is_checked_when_it_is_made(fields, message):
 
 def test_only_canonical_names_of_learnt_schedules_are_listed(tmp_path):
     for text in ("S5", "S3", "H1P3@learnt", "(S1R1)x2", "S2R1"):
-        learnt_solver.write(tmp_path, solver_of(text))
+        solver_files.write(tmp_path, solver_of(text))
     for name in ("notes.json", "H1P3.json", "S4Rs1.json", "S6@learnt.json", "S7.txt", ".S8.json-1"):
         (tmp_path / "solvers" / name).write_text("{}")
-    found = [str(schedule) for schedule in learnt_solver.learnt_schedules(tmp_path)]
+    found = [str(schedule) for schedule in solver_files.learnt_schedules(tmp_path)]
     assert found == ["S2R1", "(S1R1)x2", "S3", "H1P3@learnt", "S5"]
-    assert learnt_solver.learnt_schedules(tmp_path / "nowhere") == []
+    assert solver_files.learnt_schedules(tmp_path / "nowhere") == []
 
 
 def test_writing_replaces_whole_files_only(tmp_path, monkeypatch):
-    file = learnt_solver.write(tmp_path, solver_of("S3"))
+    file = solver_files.write(tmp_path, solver_of("S3"))
     before = file.read_text()
 
     def fail(source, target):
@@ -325,11 +325,11 @@ def test_writing_replaces_whole_files_only(tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(os, "replace", fail)
         with pytest.raises(InputError, match=r"cannot write .*S3\.json: No space left on device"):
-            learnt_solver.write(tmp_path, solver_of("S3", (2.0,)))
+            solver_files.write(tmp_path, solver_of("S3", (2.0,)))
     assert file.read_text() == before
     assert [path.name for path in file.parent.iterdir()] == ["S3.json"]  # and no draft
-    learnt_solver.write(tmp_path, solver_of("S3", (2.0,)))
-    assert learnt_solver.read(file).scales == (2.0,)
+    solver_files.write(tmp_path, solver_of("S3", (2.0,)))
+    assert LearntSolver.read(file).scales == (2.0,)
     assert [path.name for path in file.parent.iterdir()] == ["S3.json"]
 
 
@@ -347,7 +347,7 @@ def test_a_place_that_cannot_be_written_to_is_one_line(tmp_path, monkeypatch, ob
 
         monkeypatch.setattr(type(directory), "mkdir", refuse)
     with pytest.raises(InputError, match=r"cannot write .*S3\.json: .*; copy the model") as error:
-        learnt_solver.write(directory, solver_of("S3"))
+        solver_files.write(directory, solver_of("S3"))
     assert "\n" not in str(error.value)
     assert not list(tmp_path.rglob("*S3*"))
 
@@ -411,7 +411,7 @@ def pipe(tmp_path_factory):
     model_directory.save(directory, described, loaded.predictor_params, loaded.refiner_params)
     pipe = ft.ClassToImage.load(directory)
     for text in ("S3", "S2R1", "H1P2@learnt"):
-        learnt_solver.write(directory, made_for(pipe, text, (1.5, 3.0)))
+        solver_files.write(directory, made_for(pipe, text, (1.5, 3.0)))
     return pipe
 
 
@@ -430,7 +430,7 @@ def test_a_model_samples_by_its_solver(pipe, warnings, text):
     found = latents(pipe, text)
     assert np.isfinite(found).all()
     plan = pipe.plan(text)
-    assert plan.solver == learnt_solver.of_model(pipe.model.directory, plan.schedule)
+    assert plan.solver == solver_files.of_model(pipe.model.directory, plan.schedule)
     assert (
         np.abs(found - latents(pipe, {"S3": "A2x3", "S2R1": "E2R1"}.get(text, "H1P2"))).max() > 1e-3
     )
@@ -499,7 +499,7 @@ def test_the_solver_of_another_model_is_refused(pipe, tmp_path, text, network):
     directory = tmp_path / "m"
     shutil.copytree(pipe.model.directory, directory)
     other = ft.ClassToImage.load(directory)
-    learnt_solver.write(directory, solver)
+    solver_files.write(directory, solver)
     with pytest.raises(InputError, match=message):
         latents(other, text)
     found = latents(other, solver)  # who passes it means it

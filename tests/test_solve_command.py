@@ -12,8 +12,9 @@ from test_commands import run
 
 import flowturbo_jax as ft
 import sample as sample_script
-from flowturbo_jax import learnt_solver
+from flowturbo_jax import solver_files
 from flowturbo_jax.__main__ import main as package_main
+from flowturbo_jax.learnt_solver import LearntSolver
 from flowturbo_jax.pipelines import solver_search
 from flowturbo_jax.schedule import Schedule
 
@@ -45,8 +46,8 @@ def solved(model, tmp_path_factory):
 
 def test_solve_writes_a_solver_that_samples(solved, tmp_path, capsys):
     _, model = solved
-    assert [str(found) for found in learnt_solver.learnt_schedules(model)] == ["S1R1", "S2"]
-    solver = learnt_solver.of_model(model, Schedule.parse("S1R1"))
+    assert [str(found) for found in solver_files.learnt_schedules(model)] == ["S1R1", "S2"]
+    solver = solver_files.of_model(model, Schedule.parse("S1R1"))
     assert (solver.scales, solver.guidance) == ((1.0, 1.5), "paired")
     assert {"steps", "seed", "dtype", "device", "versions", "noises"} <= solver.card.keys()
     for numbers in solver.numbers:
@@ -88,7 +89,7 @@ def test_the_same_command_searches_nothing_twice(solved, model, tmp_path, monkey
     assert run(package_main, "solve", str(copy), *given, *QUICK) == 0
     for text in ("S2", "S1R1"):
         schedule = Schedule.parse(text)
-        found, before = (learnt_solver.of_model(place, schedule) for place in (copy, done))
+        found, before = (solver_files.of_model(place, schedule) for place in (copy, done))
         assert found == before
 
 
@@ -96,10 +97,10 @@ def test_another_scale_is_added_and_the_others_stay(solved, tmp_path):
     work, done = solved
     copy = tmp_path / "m"
     shutil.copytree(done, copy)
-    before = learnt_solver.of_model(copy, Schedule.parse("S2"))
+    before = solver_files.of_model(copy, Schedule.parse("S2"))
     given = ("--evaluations=2", "--guidance-scales=3", f"--out={work}")
     assert run(package_main, "solve", str(copy), *given, *QUICK) == 0
-    after = learnt_solver.of_model(copy, Schedule.parse("S2"))
+    after = solver_files.of_model(copy, Schedule.parse("S2"))
     assert after.scales == (1.0, 1.5, 3.0)
     assert after.numbers[:2] == before.numbers
 
@@ -110,14 +111,14 @@ def test_a_solver_of_other_weights_is_replaced(model, solved, tmp_path):
     shutil.copytree(model, copy)
     given = ("--evaluations=2", f"--out={work}", *QUICK)
     assert run(package_main, "solve", str(copy), *given) == 0
-    file = learnt_solver.place(copy, Schedule.parse("S2"))
+    file = solver_files.place(copy, Schedule.parse("S2"))
     text = file.read_text()
-    sha256 = learnt_solver.read(file).predictor_sha256
+    sha256 = LearntSolver.read(file).predictor_sha256
     file.write_text(
         text.replace(sha256, "0" * 64).replace('"guidance_scale": 1.5', '"guidance_scale": 9')
     )
     assert run(package_main, "solve", str(copy), *given) == 0
-    assert learnt_solver.read(file).scales == (1.5,)
+    assert LearntSolver.read(file).scales == (1.5,)
 
 
 def test_solving_helps_even_after_few_steps(solved):

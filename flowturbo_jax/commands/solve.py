@@ -23,7 +23,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from flowturbo_jax import learnt_solver, model_directory, parallel, run_folder
+from flowturbo_jax import model_directory, parallel, run_folder, solver_files
 from flowturbo_jax.commands.entry import LineParser, one_line
 from flowturbo_jax.commands.progress import bars
 from flowturbo_jax.interfaces import InputError
@@ -65,7 +65,7 @@ def main(argv: Sequence[str]) -> None:
     print(table(rows))
     if any(numbers.results["ended"] == "diverged" for _, numbers in rows):
         print("warning: a search diverged; its best numbers were kept; lower --learning-rate")
-    files = dict.fromkeys(str(learnt_solver.place(directory, schedule)) for schedule, _ in rows)
+    files = dict.fromkeys(str(solver_files.place(directory, schedule)) for schedule, _ in rows)
     print(f"wrote {one_line(', '.join(files))}")
 
 
@@ -164,10 +164,10 @@ def _write(
         _card(pipe, search),
     )
     with contextlib.suppress(InputError):  # none is there, or none that can be gone on with
-        known = learnt_solver.of_model(directory, search.schedule)
+        known = solver_files.of_model(directory, search.schedule)
         if dataclasses.replace(known, numbers=solver.numbers) == solver:
             solver = dataclasses.replace(known.with_numbers(numbers), card=solver.card)
-    learnt_solver.write(directory, solver)
+    solver_files.write(directory, solver)
 
 
 def _card(pipe: ClassToImage, search: Search) -> dict[str, Any]:

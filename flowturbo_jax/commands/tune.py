@@ -20,7 +20,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from flowturbo_jax import learnt_solver, model_directory, run_folder
+from flowturbo_jax import model_directory, run_folder, solver_files
 from flowturbo_jax.commands import tune_plot
 from flowturbo_jax.commands.entry import LineParser, one_line
 from flowturbo_jax.commands.progress import bars, images_done, say
@@ -115,7 +115,7 @@ def main(argv: Sequence[str]) -> None:
 def _learnt(pipe: ClassToImage, asked: tuple[float | None, str]) -> list[Plan]:
     """Plans by the solvers that the model directory has; those that do not fit are left out."""
     plans = []
-    for schedule in learnt_solver.learnt_schedules(pipe.model.directory):
+    for schedule in solver_files.learnt_schedules(pipe.model.directory):
         try:
             plans.append(pipe.plan(schedule, *asked))
         except InputError as error:

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from absl import logging
 
-from flowturbo_jax import learnt_solver, model_directory, parallel, path
+from flowturbo_jax import model_directory, parallel, path, solver_files
 from flowturbo_jax.interfaces import ImageBytes, InputError, Latents
 from flowturbo_jax.learnt_solver import LearntSolver
 from flowturbo_jax.model_directory import Model
@@ -137,7 +137,7 @@ class Pipeline:
         if schedule not in self._solvers:
             if self.model.directory is None:
                 raise InputError(f"this model lies in no directory, so it has no solver {schedule}")
-            found = learnt_solver.of_model(self.model.directory, schedule)
+            found = solver_files.of_model(self.model.directory, schedule)
             found.check_model(self.model.fingerprints)
             self._solvers[schedule] = found
         return self._solvers[schedule]

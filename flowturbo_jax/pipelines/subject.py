@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 from absl import logging
 
-from flowturbo_jax import learnt_solver, model_directory
+from flowturbo_jax import model_directory, solver_files
 from flowturbo_jax.interfaces import InputError
 from flowturbo_jax.learnt_solver import LearntSolver
 from flowturbo_jax.model_description import Description
@@ -57,7 +57,7 @@ class Subject(NamedTuple):
         """
         if self.directory is None:
             raise InputError(f"random weights have no solver, so {schedule} cannot be sampled")
-        return learnt_solver.of_model(model_directory.resolve(self.directory), schedule)
+        return solver_files.of_model(model_directory.resolve(self.directory), schedule)
 
     def load(
         self,
