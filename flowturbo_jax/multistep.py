@@ -76,7 +76,8 @@ def step_weights(schedule: Any, solver: Solver | None = None, backwards: bool = 
     found = adams_bashforth(times, schedule.orders, schedule.remembered)
     if solver is None or solver.weights is None:
         return found
-    return jnp.where(np.asarray(schedule.learnt_rows)[:, None], solver.weights, found)
+    xp = np if isinstance(found, np.ndarray) and isinstance(solver.weights, np.ndarray) else jnp
+    return xp.where(np.asarray(schedule.learnt_rows)[:, None], solver.weights, found)
 
 
 def check_solver(solver: Solver | None, schedule: Any) -> None:

@@ -11,6 +11,7 @@ import numpy as np
 
 from flowturbo_jax import masks as mask_arrays
 from flowturbo_jax.interfaces import ImageBytes, InputError, Latents
+from flowturbo_jax.learnt_solver import LearntSolver
 from flowturbo_jax.pipelines import edit_programs
 from flowturbo_jax.pipelines.pipeline import (
     GuidanceInterval,
@@ -36,7 +37,7 @@ class Editing(Pipeline):
         *,
         strength: float | jax.Array,
         source_labels: Wanted | None = None,
-        inversion: str | Schedule | None = None,
+        inversion: WantedSchedule = None,
         seeds: Seeds = 0,
         first_index: int = 0,
         schedule: WantedSchedule = None,
@@ -210,7 +211,7 @@ class Editing(Pipeline):
         images: ImageBytes | np.ndarray,
         labels: Wanted,
         *,
-        schedule: str | Schedule = INVERSION,
+        schedule: str | Schedule | LearntSolver = INVERSION,
         guidance_scale: float | jax.Array | None = None,
         guidance: str | None = None,
         guidance_interval: GuidanceInterval = None,
@@ -315,6 +316,8 @@ def check_strength(strength: Any) -> Any:
     return np.float32(strength)
 
 
-def backwards(schedule: str | Schedule) -> Schedule:
+def backwards(schedule: str | Schedule | LearntSolver) -> Schedule:
     """A schedule that can go from data to noise; InputError if it is none."""
+    if isinstance(schedule, LearntSolver):
+        schedule = schedule.schedule
     return check_reversible(Schedule.parse(schedule))
