@@ -3,8 +3,9 @@
 python train.py --config=configs/digit_captions_predictor.py
 
 U-Net, text encoder and tokenizer are all learnt from the 1,797 digits that come with scikit-learn
-and captions such as "a handwritten seven". Nine minutes on two cores; docs/text_to_image.md has
-what its samples reach with and without the refiner of configs/digit_captions_refiner.py.
+and captions such as "a handwritten seven". 22 minutes of CPU time, of two cores;
+docs/text_to_image.md has what its samples reach with and without the refiner of
+configs/digit_captions_refiner.py. The last evaluation/loss should be about 0.333.
 """
 
 from flowturbo_jax.train_config import TrainConfig
