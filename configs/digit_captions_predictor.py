@@ -3,8 +3,9 @@
 python train.py --config=configs/digit_captions_predictor.py
 
 U-Net, text encoder and tokenizer are all learnt from the 1,797 digits that come with scikit-learn
-and captions such as "a handwritten seven". Nine minutes on two cores; docs/text_to_image.md has
-what its samples reach with and without the refiner of configs/digit_captions_refiner.py.
+and captions such as "a handwritten seven". 22 minutes of CPU time, of two cores;
+docs/text_to_image.md has what its samples reach with and without the refiner of
+configs/digit_captions_refiner.py. The last evaluation/loss should be about 0.333.
 """
 
 from flowturbo_jax.train_config import TrainConfig
@@ -19,10 +20,10 @@ def get_config():
             "family": "unet",
             "sample_size": (8, 8),
             "in_channels": 1,
-            "block_out_channels": (64, 96),
+            "block_out_channels": (32, 64),
             "layers_per_block": 1,
             "attention_heads": (4, 4),
-            "cross_attention": (True, False),
+            "cross_attention": (False, True),
             "cross_attention_dim": 64,
             "norm_num_groups": 8,
             "text_encoder": {
@@ -32,8 +33,8 @@ def get_config():
                 "max_length": 16,
             },
         },
-        steps=4_000,
-        batch_size=64,
+        steps=5_000,
+        batch_size=32,
         learning_rate=1e-3,
         learning_rate_decay="cosine",
         warmup_steps=100,

@@ -3,7 +3,8 @@
 python train.py --config=configs/digit_captions_refiner.py
 
 Its teacher is what configs/digit_captions_predictor.py writes, whose text encoder stays as it is.
-Four minutes on two cores; docs/text_to_image.md has what samples reach with it.
+Eight minutes of CPU time, of two cores. The last evaluation/loss should be about 0.0241, where
+keeping the velocity has 0.0539; docs/text_to_image.md has what samples reach with it.
 """
 
 from flowturbo_jax.train_config import TrainConfig
@@ -15,9 +16,9 @@ def get_config():
         objective="refiner",
         data="digit_captions",
         model_dir="runs/digit_captions_predictor/model",
-        model={"block_out_channels": (32, 48)},
-        steps=2_000,
-        batch_size=64,
+        model={},
+        steps=3_000,
+        batch_size=32,
         learning_rate=1e-3,
         learning_rate_decay="cosine",
         warmup_steps=100,

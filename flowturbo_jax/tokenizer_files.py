@@ -11,7 +11,7 @@ from typing import Any
 
 from flowturbo_jax.interfaces import InputError
 from flowturbo_jax.weights.json_file import MAX_JSON, read_json
-from flowturbo_jax.weights.regular_file import open_regular
+from flowturbo_jax.weights.regular_file import read_start
 from flowturbo_jax.weights.tensor import quoted
 
 TOKENIZER, CONFIG = "tokenizer.json", "tokenizer_config.json"
@@ -96,11 +96,7 @@ def _one_file(content: Mapping[str, Any]) -> tuple[dict[str, Any], Merges, dict[
 
 def _lines(path: Path) -> list[str]:
     """The merges of a merges.txt, without the line that names its version."""
-    with open_regular(path) as file:
-        try:
-            content = file.read(MAX_JSON + 1)
-        except OSError as error:
-            raise InputError(f"cannot read {path}: {error.strerror}") from error
+    content = read_start(path, MAX_JSON + 1)
     if len(content) > MAX_JSON:
         raise InputError(f"{MERGES} is too large; at most {MAX_JSON} bytes are read")
     try:

@@ -40,7 +40,9 @@ class TrainConfig(Recipe):
 
     Attributes:
       objective: "flow_matching" trains a predictor, "refiner" a refiner of model_dir's predictor.
-      data: name of the data set: digits, folder:DIR, tfds:NAME, latents:DIR or mixture:DIR.
+      data: name of the data set: digits, folder:DIR, tfds:NAME, latents:DIR or mixture:DIR; for
+        models of texts digit_captions, captions:DIR, shards:PATTERN, tfds_captions:NAME or
+        latents:DIR.
       image_size: side of the square images of a folder or a TFDS data set, in pixels; 0 for data
         that has its own.
       horizontal_flip: exchange left and right in half of the samples.
@@ -64,7 +66,7 @@ class TrainConfig(Recipe):
       ema_half_life: the same in samples: after so many, half of the average is newer. It replaces
         ema_decay, and means the same for every batch_size; 0 for none.
       ema_warmup: let the average's memory grow with the run; see `train_state.ema_rate`.
-      label_dropout: probability that a sample's label is dropped.
+      label_dropout: probability that a sample's label, or caption, is dropped.
       label_handling: (refiner) "paper" or "official"; see `objective.refiner_loss`.
       dt_min: (refiner) smallest step size the refiner is trained for, in flow time.
       dt_max: (refiner) largest.

@@ -22,7 +22,7 @@ from flowturbo_jax.data.source import (
 )
 from flowturbo_jax.data.texts import MAX_TEXT, json_lines, lines_of, texts_of
 from flowturbo_jax.interfaces import InputError
-from flowturbo_jax.weights.regular_file import open_regular
+from flowturbo_jax.weights.regular_file import read_start
 
 Tokenize = Callable[[Sequence[str]], np.ndarray]  # k texts -> [k, L] int32
 METADATA = "metadata.jsonl"  # as Hugging Face's imagefolder calls it
@@ -283,11 +283,7 @@ def _beside(root: bytes, files: list[bytes]) -> Iterator[tuple[str, ...]]:
 
 def _text_file(path: bytes) -> tuple[str, ...]:
     shown = printable(path)
-    with open_regular(os.fsdecode(path)) as file:
-        try:
-            content = file.read(MAX_TEXT + 1)
-        except OSError as error:
-            raise InputError(f"cannot read {shown}: {error.strerror}") from error
+    content = read_start(os.fsdecode(path), MAX_TEXT + 1)
     if len(content) > MAX_TEXT:
         raise InputError(f"{shown} has more than {MAX_TEXT} bytes, too many for captions")
     try:

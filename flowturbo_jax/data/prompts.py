@@ -5,7 +5,7 @@ from pathlib import Path
 from flowturbo_jax.data.folder import printable
 from flowturbo_jax.data.texts import json_lines, lines_of, texts_of
 from flowturbo_jax.interfaces import InputError
-from flowturbo_jax.weights.regular_file import open_regular
+from flowturbo_jax.weights.regular_file import read_start
 
 MAX_FILE = 64 << 20  # bytes; half a million long prompts
 
@@ -36,11 +36,7 @@ def read_prompts(path: str | Path) -> list[str]:
 
 def _lines(path: Path) -> tuple[str, ...]:
     shown = printable(str(path))
-    with open_regular(path) as file:
-        try:
-            content = file.read(MAX_FILE + 1)
-        except OSError as error:
-            raise InputError(f"cannot read {shown}: {error.strerror}") from error
+    content = read_start(path, MAX_FILE + 1)
     if len(content) > MAX_FILE:
         raise InputError(f"{shown} has more than {MAX_FILE} bytes; split it")
     try:

@@ -88,10 +88,7 @@ def convert_model(
     Raises:
       InputError: a file is missing, damaged, hostile, or of another model; or `out` is taken.
     """
-    out = Path(out)
-    model_directory.check_place(out)
-    if out.exists() and not force:
-        raise InputError(f"{out} exists; choose another --out, or replace it with --force")
+    out = free_place(out, force)
     networks = _read_all(sources, report)
     description = _describe(sources, networks)
     modules, params = model_directory.modules(description), {}
@@ -103,6 +100,15 @@ def convert_model(
         out, description, params["predictor"], params.get("refiner"), params.get("vae")
     )
     return model_directory.describe(out)
+
+
+def free_place(out: str | Path, force: bool) -> Path:
+    """Where a model directory is to be written; InputError if that cannot be, or it is taken."""
+    out = Path(out)
+    model_directory.check_place(out)
+    if out.exists() and not force:
+        raise InputError(f"{out} exists; choose another --out, or replace it with --force")
+    return out
 
 
 def params_of(name: str, family: str, network: Read) -> Params:

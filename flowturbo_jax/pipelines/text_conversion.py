@@ -19,6 +19,7 @@ from flowturbo_jax.pipelines.conversion import (
     PAPER_SCALE,
     Read,
     Sources,
+    free_place,
     params_of,
     read_vae,
     source_of,
@@ -88,10 +89,7 @@ def convert_pipeline(
     Raises:
       InputError: a file is missing, damaged, hostile, or of another model; or `out` is taken.
     """
-    out = Path(out)
-    model_directory.check_place(out)
-    if out.exists() and not force:
-        raise InputError(f"{out} exists; choose another --out, or replace it with --force")
+    out = free_place(out, force)
     folder = hub.fetch_parts(sources.pipeline, INDEX, PARTS)
     _check_index(folder)
     networks = _read_all(folder, sources, report)

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from flowturbo_jax.interfaces import InputError
-from flowturbo_jax.weights.regular_file import open_regular
+from flowturbo_jax.weights.regular_file import read_start
 from flowturbo_jax.weights.tensor import quoted
 
 # An index has some 100 bytes a tensor. Hostile JSON takes up to 30 times its size in memory.
@@ -22,11 +22,7 @@ def read_json(path: str | Path) -> dict[str, Any]:
     Raises:
       InputError: the file cannot be read, is too large, no JSON in UTF-8, or no object.
     """
-    with open_regular(path) as file:
-        try:
-            content = file.read(MAX_JSON + 1)
-        except OSError as error:
-            raise InputError(f"cannot read {path}: {error.strerror}") from error
+    content = read_start(path, MAX_JSON + 1)
     if len(content) > MAX_JSON:
         raise InputError(f"{path} is too large for a JSON file; at most {MAX_JSON} bytes are read")
     try:

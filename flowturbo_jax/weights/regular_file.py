@@ -34,8 +34,20 @@ def open_regular(path: str | Path, expected: Stamp | None = None) -> io.Buffered
     try:
         return open_unnamed(path, expected)
     except InputError as error:
-        shown = str(path) if str(path).isprintable() else ascii(str(path))
-        raise InputError(f"cannot read {shown}: {error}") from error
+        raise InputError(f"cannot read {_shown(path)}: {error}") from error
+
+
+def read_start(path: str | Path, size: int) -> bytes:
+    """The first bytes of a file: all of it where it is shorter than `size`.
+
+    Raises:
+      InputError: as `open_regular`, or reading fails.
+    """
+    with open_regular(path) as file:
+        try:
+            return file.read(size)
+        except OSError as error:
+            raise InputError(f"cannot read {_shown(path)}: {error.strerror}") from error
 
 
 def open_unnamed(path: str | Path, expected: Stamp | None = None) -> io.BufferedReader:
@@ -56,6 +68,10 @@ def open_unnamed(path: str | Path, expected: Stamp | None = None) -> io.Buffered
         file.close()
         raise InputError("it changed after it was opened; start again")
     return file
+
+
+def _shown(path: str | Path) -> str:
+    return str(path) if str(path).isprintable() else ascii(str(path))
 
 
 def stamp_of(file: io.BufferedReader) -> Stamp:
