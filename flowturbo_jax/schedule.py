@@ -15,7 +15,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from flowturbo_jax import spacing
 from flowturbo_jax.interfaces import InputError
+from flowturbo_jax.spacing import LEARNT, SHIFTED, SPACINGS
 
 # letter: (predictor evaluations, refiner evaluations, needs a remembered velocity)
 EVALUATIONS = {"E": (1, 0), "H": (2, 0), "P": (1, 0), "R": (0, 2), "Rc": (0, 2)}
@@ -41,9 +43,6 @@ _TOKEN = re.compile(
     r"\s*(?:(?P<adams>A[0-9]+)x(?P<adams_steps>[0-9]{1,9})"
     r"|(?P<run>[A-Za-z]+)(?P<steps>[0-9]{1,9})|(?P<open>\()|\)x(?P<times>[0-9]{1,9}))\s*"
 )
-SHIFTED, COSINE, SIGMOID, LEARNT = "shifted", "cosine", "sigmoid", "learnt"
-SPACINGS = (SHIFTED, COSINE, SIGMOID, LEARNT)
-_STEEPNESS = 3.0  # the sigmoid grid is of the logistic curve on [-3, 3], as in its source
 _SHIFT = re.compile(r"[0-9]{1,4}(\.[0-9]{1,9})?")
 MAX_STEPS = 10_000  # a typing error, not a schedule
 SHIFT_DIGITS = 6  # as many are kept, so that the text says all of it
@@ -147,9 +146,9 @@ class Schedule:
             raise InputError(f"schedule is {text!r}, not text; {GRAMMAR}")
         shown = _shorten(text.strip())
         text, at, shift = text.strip().partition("@")
-        shift, spacing = shift.strip(), SHIFTED
+        shift, spaced = shift.strip(), SHIFTED
         if shift in SPACINGS[1:]:
-            shift, spacing = "1", shift
+            shift, spaced = "1", shift
         elif at and not _SHIFT.fullmatch(shift):
             raise InputError(
                 f"schedule {shown!r} has the shift {_shorten(shift)!r}; write a number such as "
@@ -186,7 +185,7 @@ class Schedule:
             raise InputError(f"schedule {shown!r} has an open bracket; close it, as in (H1P1R1)x2")
         if not stack[0]:
             raise InputError(f"schedule {shown!r} has no steps; {GRAMMAR}")
-        return cls(tuple(stack[0]), float(shift) if at else 1.0, spacing)
+        return cls(tuple(stack[0]), float(shift) if at else 1.0, spaced)
 
     def __str__(self) -> str:
         """Text that parses back to this schedule; a whole repetition is written as one."""
@@ -283,10 +282,8 @@ class Schedule:
     ) -> jax.Array:
         """Flow times of all steps, `[steps + 1]`, from t_start to exactly 1.
 
-        With u = 1 - i / N the share of the way that is left, and s the shift,
-        t_i = 1 - (1 - t_start) s u / (1 + (s - 1) u); uniform for s = 1. A cosine grid has
-        t_i = 1 - (1 - t_start) (1 - cos(pi u)) / 2, a sigmoid grid the logistic curve on [-3, 3] in
-        that place: both are finer at both ends.
+        t_i = 1 - (1 - t_start) left_i, with the share of the way that is left as `spacing.left`
+        has it, i / N on the uniform grid; shifted grids are finer at one end, the others at both.
 
         Args:
           t_start: where to start, in [0, 1); may be traced.
@@ -296,9 +293,7 @@ class Schedule:
         Raises:
           InputError: a concrete t_start is outside [0, 1), or a learnt grid has no times.
 
-        Source: PAPER section 1, t_i = i / N; the shift is that of Esser et al. 2024, "Scaling
-          Rectified Flow Transformers for High-Resolution Image Synthesis", eq. 23; the curves are
-          those of Chen 2023, "On the Importance of Noise Scheduling for Diffusion Models".
+        Source: PAPER section 1, t_i = i / N.
         """
         if not isinstance(t_start, jax.core.Tracer) and not 0 <= float(t_start) < 1:
             raise InputError(f"t_start is {float(t_start)}; it must lie in [0, 1), 0 being noise")
@@ -323,16 +318,7 @@ class Schedule:
                 f"the time grid of {self} is learnt: it is in the numbers of a solver, which "
                 "python -m flowturbo_jax solve finds for a model"
             )
-        s, uniform = self.shift, np.arange(self.steps, -1, -1) / self.steps
-        if self.spacing == COSINE:
-            left = (1 - np.cos(np.pi * uniform)) / 2
-        elif self.spacing == SIGMOID:
-            curve = 1 / (1 + np.exp(-_STEEPNESS * (2 * uniform - 1)))
-            left = (curve - curve[-1]) / (curve[0] - curve[-1])
-        else:
-            left = s * uniform / (1 + (s - 1) * uniform)
-        left[0] = 1  # not always, by rounding
-        return left
+        return spacing.left(self.spacing, self.steps, self.shift)
 
     def intervals(self) -> Sequence[tuple[Run, int, int]]:
         """Each run with the grid index of its first and last time."""

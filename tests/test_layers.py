@@ -25,8 +25,8 @@ LAYERS = (  # lowest first; patterns are relative to the package, but for the tw
     Layer(("interfaces.py",)),
     Layer(("models/*", "images.py"), peers=(("models/*", "models/*"),)),
     Layer(
-        ("path.py", "schedule.py", "blocks.py", "guidance.py", "multistep.py"),
-        peers=(("*", "path.py"),),
+        ("path.py", "spacing.py", "schedule.py", "blocks.py", "guidance.py", "multistep.py"),
+        peers=(("*", "path.py"), ("schedule.py", "spacing.py")),
     ),
     Layer(("sampler.py", "objective.py", "inpainting.py")),
     Layer(

@@ -7,7 +7,8 @@ from itertools import permutations
 from flowturbo_jax.guidance import MODES, check_interval
 from flowturbo_jax.interfaces import InputError
 from flowturbo_jax.pipelines.plan import Plan
-from flowturbo_jax.schedule import ADAMS, COSINE, MAX_SHIFT, SHIFTED, SIGMOID, Run, Schedule
+from flowturbo_jax.schedule import ADAMS, MAX_SHIFT, Run, Schedule
+from flowturbo_jax.spacing import COSINE, SHIFTED, SIGMOID
 
 RULES = ("R", "Rc")
 
