@@ -1,4 +1,4 @@
-"""The shipped digits model: FlowTurbo against Heun on the same noise.
+"""The shipped digits model: Heun, FlowTurbo and a learnt solver on the same noise.
 
   python sample.py
 
@@ -13,7 +13,7 @@ def get_config():
         name="digits",
         model_dir="digits",
         schedule="H1P3R2",
-        baseline="H8",
+        baseline="H8,S4R1",
         samples=2_000,
         data="digits",
     ).to_config_dict()

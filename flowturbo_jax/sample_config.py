@@ -45,7 +45,7 @@ class SampleConfig(Recipe):
       schedule: which block makes each step, such as H1P5R3, S5 where the model has learnt it, or
         what `tune` found: "fast", "balanced" or "best".
       baseline: other schedules, with commas between, to sample the same noise with and compare; ""
-        for none.
+        for none. A learnt one that the model has no solver for is left out.
       seed: image i is image i of this seed.
       seeds: whole numbers with commas between, one for each image in turn, which is the first image
         of its seed; "" for seed.

@@ -64,6 +64,18 @@ def test_solve_writes_a_solver_that_samples(solved, tmp_path, capsys):
     assert "S1R1" in capsys.readouterr().out
 
 
+def test_a_learnt_baseline_that_the_model_lacks_is_left_out(solved, tmp_path, capsys):
+    _, model = solved
+    given = [f"--config.model_dir={model}", f"--config.out={tmp_path}", "--config.data="]
+    given += ["--config.samples=4", "--config.schedule=H1"]
+    assert run(sample_script.main, *given, "--config.baseline=S7,S2") == 0
+    report = json.loads((tmp_path / "digits.json").read_text())["schedules"]
+    assert [row["card"]["schedule"] for row in report] == ["S2", "H1"]
+    assert "baseline S7 is left out: " in capsys.readouterr().err
+    assert run(sample_script.main, *given, "--config.schedule=S7") == 2
+    assert "has no solver S7 (it has S1R1, S2)" in capsys.readouterr().err
+
+
 def test_evaluate_and_tune_know_it(solved, tmp_path, capsys):
     _, model = solved
     given = ["--schedules=S2", "--samples=20", "--batch-size=10", f"--out={tmp_path / 'e.json'}"]

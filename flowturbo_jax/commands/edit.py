@@ -74,7 +74,8 @@ def edit(config: Mapping[str, Any] | ConfigDict) -> dict[str, Any]:
     pipe = wanted.load(config)
     asked = wanted.read(pipe, config)
     subject = _subject(pipe, config, asked)
-    plans = [_plan(pipe, config, text, subject) for text in config.schedules]
+    texts = wanted.schedules(pipe, config, ())
+    plans = [_plan(pipe, config, text, subject) for text in texts]
     wanted.refuse_idle_negative(config, plans)
     noise = None
     if config.task == "invert":

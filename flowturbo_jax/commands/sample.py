@@ -44,9 +44,10 @@ def sample(config: Mapping[str, Any] | ConfigDict) -> dict[str, Any]:
         judging.check_fits(pipe.model.description.image_shape, judges, hint)
     asked = wanted.read(pipe, config)
     guided = (config.guidance_scale, config.guidance or None, config.guidance_interval or None)
-    for text in config.schedules:  # before the bar, so that a refusal stands alone
+    texts = wanted.schedules(pipe, config, guided)
+    for text in texts:  # before the bar, so that a refusal stands alone
         pipe.check(asked.rows, text, *guided)
-    plans = [pipe.plan(text, *guided) for text in config.schedules]
+    plans = [pipe.plan(text, *guided) for text in texts]
     wanted.refuse_idle_negative(config, plans)
     rows, panels, made = [], [], None
     with tqdm(total=asked.count * len(plans), unit="image") as bar:

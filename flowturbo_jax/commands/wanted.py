@@ -10,10 +10,12 @@ from flowturbo_jax import data, model_directory
 from flowturbo_jax.class_names import label_of
 from flowturbo_jax.commands.progress import say
 from flowturbo_jax.interfaces import InputError
+from flowturbo_jax.model_description import PRESET_NAMES
 from flowturbo_jax.pipelines import any_model
 from flowturbo_jax.pipelines.generation import Generation
 from flowturbo_jax.pipelines.plan import Plan
 from flowturbo_jax.sample_config import GENERATE, OF_CLASSES, OF_TEXT, SampleConfig
+from flowturbo_jax.schedule import Schedule
 
 SAMPLES = 60  # of classes, if nothing says how many
 INSTEAD = {
@@ -72,6 +74,31 @@ def load(config: SampleConfig) -> Generation:
             description.resized(*config.size)
     pipe = any_model.load(config.model_dir, config.dtype, config.quantization or None, say)
     return pipe if config.size is None else pipe.at_size(*config.size)
+
+
+def schedules(pipe: Generation, config: SampleConfig, guided: tuple[Any, ...]) -> list[str]:
+    """The schedules to sample with, baselines first.
+
+    A learnt baseline that the model has no solver for, so guided, is left out, which is said: a
+    recipe's baselines are for every model. So is one of a task that starts from an image.
+
+    Args:
+      pipe: the model.
+      config: the recipe.
+      guided: scale, mode and interval of guidance.
+    """
+    kept = []
+    for text in config.schedules[:-1]:
+        if text not in PRESET_NAMES and Schedule.parse(text).learnt:
+            if config.task != GENERATE:
+                continue
+            try:
+                pipe.plan(text, *guided)
+            except InputError as error:
+                say(f"baseline {text} is left out: {error}")
+                continue
+        kept.append(text)
+    return [*kept, config.schedules[-1]]
 
 
 def read(pipe: Generation, config: SampleConfig) -> Wanted:
