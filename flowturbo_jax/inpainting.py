@@ -50,7 +50,8 @@ class Known(NamedTuple):
             found = (start + (1 - t) * v.astype(x.dtype) - new) / (1 - t_before)
             return found.astype(v.dtype)
 
-        return State(x, jax.tree.map(redirected, state.memory))
+        # The history, too, whose velocities led on to where the state is now.
+        return State(x, *jax.tree.map(redirected, (state.memory, state.history)))
 
     def remember(self, memory: Memory) -> Memory:
         """A memory whose velocities are the path's in the known part."""

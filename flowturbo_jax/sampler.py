@@ -91,6 +91,7 @@ def integrate(
       observe: what to record of the state after each step, a pytree of arrays; None for nothing.
       rewind: `(state, t, t_before, number) -> state`, how a state at t goes back to t_before, where
         the step is made again; number is of the step and the try, `[]` int32, for noise of its own.
+        The state's history is that of before the step.
       tries: how often each step is made, at least 1; without rewind it must be 1.
       solver: as in `sample`.
 
@@ -203,8 +204,11 @@ def _follow(
         def step(state, i, once=once):
             def again(state, attempt):
                 number = i * tries + attempt
-                before = rewind(once(state, i), grid[i + 1], grid[i], number)
-                return before._replace(history=state.history), None
+                after = once(state, i)._replace(history=state.history)
+                before = rewind(after, grid[i + 1], grid[i], number)
+                if before.history is None:
+                    before = before._replace(history=state.history)
+                return before, None
 
             if tries > 1:
                 state, _ = jax.lax.scan(again, state, jnp.arange(tries - 1))

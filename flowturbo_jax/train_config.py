@@ -152,6 +152,11 @@ class TrainConfig(Recipe):
         network_dtype(self.dtype)
         network_dtype(self.teacher_dtype)
         schedule = Schedule.parse(self.schedule)
+        if schedule.learnt:
+            raise InputError(
+                f"config key schedule is {schedule}, which is learnt for a model that is trained; "
+                "sample on the way with one such as H1P5R3"
+            )
         if self.objective == "refiner":
             if not self.model_dir:
                 raise InputError("the refiner objective needs model_dir, that of its teacher")

@@ -105,6 +105,32 @@ def test_the_same_command_searches_nothing_twice(solved, model, tmp_path, monkey
         assert found == before
 
 
+def test_scale_one_keeps_the_interval_of_the_others(model, tmp_path):
+    copy = tmp_path / "m"
+    shutil.copytree(model, copy)
+    given = ("--evaluations=2", "--guidance-scales=1,1.5", "--guidance-interval=0:0.8")
+    out = f"--out={tmp_path / 'w'}"
+    assert run(package_main, "solve", str(copy), *given, out, *QUICK) == 0
+    solver = solver_files.of_model(copy, Schedule.parse("S2"))
+    assert (solver.scales, solver.guidance_interval) == ((1.0, 1.5), (0.0, 0.8))
+
+
+def test_a_solver_for_another_guidance_is_not_overwritten(solved, tmp_path, capsys):
+    work, done = solved
+    copy = tmp_path / "m"
+    shutil.copytree(done, copy)
+    before = solver_files.place(copy, Schedule.parse("S2")).read_bytes()
+    for other in ("--guidance=none", "--guidance-interval=0:0.5"):
+        given = ("--evaluations=2", other, f"--out={work}")
+        assert run(package_main, "solve", str(copy), *given, *QUICK) == 2
+        assert "move it away to learn it for another guidance" in capsys.readouterr().err
+    assert solver_files.place(copy, Schedule.parse("S2")).read_bytes() == before
+    solver_files.place(copy, Schedule.parse("S2")).write_text("{")
+    given = ("--evaluations=2", f"--out={work}")
+    assert run(package_main, "solve", str(copy), *given, *QUICK) == 2
+    assert "it is not JSON" in capsys.readouterr().err
+
+
 def test_another_scale_is_added_and_the_others_stay(solved, tmp_path):
     work, done = solved
     copy = tmp_path / "m"

@@ -105,10 +105,8 @@ def test_a_search_goes_on_exactly_where_it_was_stopped(mixture, solved, tmp_path
     assert [done for what, done in said if what == "S3"] == [20, 30]
     assert (resumed.times, resumed.weights) == (whole.times, whole.weights)
     assert resumed.results == whole.results
-    again = searching(mixture, parts, steps=30, on_progress=pytest.fail).run
     (file,) = parts.glob("search-*.json")
     before = file.read_bytes()
-    del again
     assert searching(mixture, parts, steps=30).run().results == whole.results
     assert file.read_bytes() == before
 
@@ -203,10 +201,30 @@ def test_a_batch_has_to_split_over_the_devices(mixture, tmp_path):
         searching(mixture, tmp_path, batch_size=6)
 
 
+def test_another_scale_is_searched_by_the_same_programs(mixture, solved, tmp_path):
+    first = searching(mixture, copied(solved, tmp_path / "a"), steps=10)
+    first.run()
+    plan = mixture.plan("H1", 3.0)._replace(schedule=Schedule.parse("S3"))
+    count = []
+    listen = jax.monitoring.register_event_duration_secs_listener
+    listen(lambda name, *_, **__: count.append(name) if "backend_compile" in name else None)
+    shared = first.at(plan, lambda *_: None)
+    data = shared._data()
+    del count[:]
+    moving = shared.step(shared.begin(), data[0].rows(np.arange(16)))
+    assert not [name for name in count if "backend_compile" in name]
+    apart = searching(mixture, copied(solved, tmp_path / "b"), scale=3.0, steps=10)
+    other = apart.step(apart.begin(), data[0].rows(np.arange(16)))
+    for a, b in zip(jax.tree.leaves(moving), jax.tree.leaves(other), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
         ({"schedule": Schedule.parse("H1P3")}, "nothing to learn; take S5"),
+        ({"schedule": Schedule.parse("H1P3@0.5")}, "or H1P3@learnt$"),
+        ({"schedule": Schedule.parse("S99")}, "up to 64 are learnt"),
         ({"steps": 0}, "steps is 0"),
         ({"batch_size": 1024}, "needs as many noises"),
         ({"learning_rate": 0.0}, "must be above 0"),

@@ -11,11 +11,9 @@ can be read, and schedule="S5" samples with it. Interrupted, the same command go
 """
 
 import argparse
-import contextlib
 import dataclasses
 import importlib.metadata
 import os
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -25,7 +23,7 @@ import numpy as np
 
 from flowturbo_jax import model_directory, parallel, run_folder, solver_files
 from flowturbo_jax.commands.entry import LineParser, one_line
-from flowturbo_jax.commands.progress import bars
+from flowturbo_jax.commands.progress import bars, say
 from flowturbo_jax.interfaces import InputError
 from flowturbo_jax.learnt_solver import LearntSolver, Numbers
 from flowturbo_jax.pipelines import any_model
@@ -48,19 +46,28 @@ def main(argv: Sequence[str]) -> None:
     pipe = ClassToImage.load(args.model_dir, args.dtype)
     exact = pipe if args.dtype == "float32" else ClassToImage.load(args.model_dir, "float32")
     plans = _plans(pipe, args, [search.schedule for search in searches])
-    guided = [plan.guidance for plan in plans if plan.guidance != "none"]  # scale 1 is none
-    mode = (*guided, args.guidance or pipe.model.description.guidance)[0]
+    guided = [(plan.guidance, plan.interval) for plan in plans if plan.guidance != "none"]
+    own = (args.guidance or pipe.model.description.guidance, None)
+    guidance, interval = (*guided, own)[0]  # scale 1 by itself is sampled without any
     _check_writable(directory)
+    mode = (guidance, interval)
+    solvers = [_known(directory, pipe, search.schedule, *mode) for search in searches]
     rows = []
     with run_folder.reserved(Path(args.out), "--out"):
-        for search in searches:
+        for search, solver in zip(searches, solvers, strict=True):
+            compiled: dict[Any, SolverSearch] = {}
             for plan in plans:
                 plan = plan._replace(schedule=search.schedule)
-                begin = time.perf_counter()
+                kind = (plan.guidance, plan.interval is None)
                 with bars() as show:
-                    numbers = SolverSearch(pipe, exact, search, plan, Path(args.out), show).run()
-                numbers.results["seconds"] = round(time.perf_counter() - begin, 1)
-                _write(directory, pipe, search, plan._replace(guidance=mode), numbers)
+                    if kind not in compiled:
+                        given = (pipe, exact, search, plan, Path(args.out))
+                        compiled[kind] = SolverSearch(*given, show)
+                    learning = compiled[kind].at(plan, show)
+                    numbers = learning.run()
+                numbers.results["seconds"] = round(learning.seconds, 1)
+                solver = _with(solver, numbers, pipe, search, *mode)
+                solver_files.write(directory, solver)
                 rows.append((search.schedule, numbers))
     print(table(rows))
     if any(numbers.results["ended"] == "diverged" for _, numbers in rows):
@@ -143,31 +150,60 @@ def _plans(
 
 def _check_writable(directory: Path) -> None:
     """Refuses now a model directory that could not take the solver after the search."""
-    if not os.access(directory, os.W_OK):
+    folder = directory / solver_files.FOLDER
+    if not os.access(folder if folder.exists() else directory, os.W_OK):
         raise InputError(
             f"cannot write into {directory}; copy the model to a place that can be written to"
         )
 
 
-def _write(
-    directory: Path, pipe: ClassToImage, search: Search, plan: Plan, numbers: Numbers
-) -> None:
-    """Adds numbers to the model's solver of a schedule, or begins one."""
+def _known(
+    directory: Path, pipe: ClassToImage, schedule: Schedule, guidance: str, interval: Any
+) -> LearntSolver | None:
+    """The model's solver of a schedule, which numbers are added to; None for none that fits.
+
+    Raises:
+      InputError: the model has one for another guidance, or a file that cannot be read.
+    """
+    file = solver_files.place(directory, schedule)
+    if not file.exists():
+        return None
+    known = solver_files.of_model(directory, schedule)
+    try:
+        known.check_model(pipe.model.fingerprints)
+    except InputError:
+        say(f"{file} was learnt for other weights, and is replaced")
+        return None
+    if (known.guidance, known.guidance_interval) != (guidance, interval):
+        raise InputError(
+            f"{file} is for guidance {known.guidance!r} on {known.guidance_interval or 'all'} of "
+            "the time; move it away to learn it for another guidance"
+        )
+    return known
+
+
+def _with(
+    known: LearntSolver | None,
+    numbers: Numbers,
+    pipe: ClassToImage,
+    search: Search,
+    guidance: str,
+    interval: Any,
+) -> LearntSolver:
+    """A solver with one more scale, or the first one of a new solver."""
+    if known is not None:
+        return dataclasses.replace(known.with_numbers(numbers), card=_card(pipe, search))
     sha256 = pipe.model.fingerprints
-    solver = LearntSolver(
+    refiner = sha256["refiner"] if search.schedule.needs_refiner else None
+    return LearntSolver(
         search.schedule,
-        plan.guidance,
-        plan.interval,
+        guidance,
+        interval,
         (numbers,),
         sha256["predictor"],
-        sha256["refiner"] if search.schedule.needs_refiner else None,
+        refiner,
         _card(pipe, search),
     )
-    with contextlib.suppress(InputError):  # none is there, or none that can be gone on with
-        known = solver_files.of_model(directory, search.schedule)
-        if dataclasses.replace(known, numbers=solver.numbers) == solver:
-            solver = dataclasses.replace(known.with_numbers(numbers), card=solver.card)
-    solver_files.write(directory, solver)
 
 
 def _card(pipe: ClassToImage, search: Search) -> dict[str, Any]:

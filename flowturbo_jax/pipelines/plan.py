@@ -62,7 +62,10 @@ class Plan(NamedTuple):
             "schedule": self.solver or self.schedule,
             "guidance_scale": self.scale,
             "guidance": self.guidance,
-            "guidance_interval": self.interval,
+            # Said in full: for None a solver or a preset would put its own.
+            "guidance_interval": (
+                (0.0, 1.0) if self.interval is None and self.guidance != "none" else self.interval
+            ),
         }
 
 
@@ -117,6 +120,13 @@ def resolve(
             raise InputError(f"schedule {schedule} is learnt, and this model has no solvers")
         solver = find_solver(schedule)
     if solver is not None:
+        if solver.guidance == "none" and mode is None and description.guidance != "none":
+            if scale not in (None, 1):
+                raise InputError(
+                    f"solver {schedule} was learnt without guidance, so it takes no "
+                    "guidance_scale; leave that out, or learn one with guidance"
+                )
+            _warn_once(f"solver {schedule} was learnt without guidance, and samples without it")
         mode = solver.guidance if mode is None else mode
         if interval is None and mode == solver.guidance:
             interval = solver.guidance_interval

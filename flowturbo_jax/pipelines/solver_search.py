@@ -5,7 +5,9 @@ solution of the same flow from the same noise, at the end and on the way. The ne
 are; a few dozen numbers are learnt. Noises that the search does not see say when it is done.
 """
 
+import copy
 import dataclasses
+import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -46,6 +48,7 @@ class SolverSearch:
 
     Attributes:
       frozen: parameters and guidance on the devices, as `step` hands them to its program.
+      seconds: that the steps of a search took, in all calls of `run` together.
     """
 
     def __init__(
@@ -61,16 +64,28 @@ class SolverSearch:
         self._pipe, self._exact, self._search, self._plan = pipe, exact, search, plan
         self._work, self._progress = Path(work), on_progress
         self._networks = programs.Networks(_recomputing(pipe, search.remat))
-        scale, interval, _ = plan.arguments
         decoder = pipe.decoder_params if search.loss == "pixels" else {}
-        frozen = (pipe.params, decoder, scale, interval)
-        self.frozen = parallel.replicate(frozen)
+        self.frozen = parallel.replicate((pipe.params, decoder, *plan.arguments[:2]))
         self._optimizer = optax.adam(
             optax.cosine_decay_schedule(search.learning_rate, search.steps)
         )
+        self.seconds = 0.0
         self._step = parallel.data_parallel(self._make_step, donate=False)
         self._errors = parallel.map_batch(self._squared_errors)
         self._kept = KeptResults(self._work, "search", self._identity())
+
+    def at(self, plan: Plan, on_progress: Callable[[str, int, int], Any]) -> "SolverSearch":
+        """The same search at another guidance scale, by the same compiled programs.
+
+        Args:
+          plan: of the same guidance mode, with an interval where this has one.
+          on_progress: as of this.
+        """
+        other = copy.copy(self)
+        other._plan, other._progress = plan, on_progress
+        other.frozen = (*self.frozen[:2], *parallel.replicate(plan.arguments[:2]))
+        other._kept = KeptResults(other._work, "search", other._identity())
+        return other
 
     def run(self) -> Numbers:
         """Learns, and returns the numbers with the least held-out error.
@@ -91,7 +106,7 @@ class SolverSearch:
                 self._progress(f"{self._plan.schedule}", state["step"], search.steps)
                 if stop.is_set():
                     raise KeyboardInterrupt
-        ended = state["ended"] or ended
+        self.seconds, ended = state["seconds"], state["ended"] or ended
         best = self._unpacked(state["best"]["parameters"])
         solver = jax.tree.map(np.asarray, solver_of(search.schedule, best))
         results = {
@@ -187,6 +202,7 @@ class SolverSearch:
             "fingerprints": model.fingerprints,
             "dtype": np.dtype(model.predictor.dtype).name,
             "guidance": [plan.guidance, float(plan.scale), plan.interval],
+            "guided_channels": model.description.guided_channels,
             "devices": parallel.total_devices(),
         }
 
@@ -200,14 +216,15 @@ class SolverSearch:
             )
         best = {"rmse": rmse, "step": 0, "parameters": _packed(moving[0])}
         curve, packed = [[0, rmse]], _packed(moving)
-        return {"step": 0, "packed": packed, "best": best, "curve": curve, "ended": ""}
+        state = {"step": 0, "packed": packed, "best": best, "curve": curve, "ended": ""}
+        return {**state, "seconds": 0.0}
 
     def _restored(self) -> dict[str, Any] | None:
         return self._kept.get("state")
 
     def _advance(self, state: dict[str, Any], seen: Examples, held_out: Examples) -> dict[str, Any]:
         """Some steps of the optimiser, and a measurement."""
-        search, first = self._search, state["step"]
+        search, first, clock = self._search, state["step"], time.perf_counter()
         last = min(first + search.evaluate_every, search.steps)
         moving = self._unpacked(state["packed"], optimizer=True)
         for step in range(first, last):
@@ -229,6 +246,7 @@ class SolverSearch:
             "best": best,
             "curve": curve,
             "ended": ended,
+            "seconds": state["seconds"] + time.perf_counter() - clock,
         }
 
     def _unpacked(self, packed: Any, optimizer: bool = False) -> Any:
@@ -254,10 +272,7 @@ class SolverSearch:
         search = self._search
         solver = solver_of(search.schedule, parameters)
         end, states = self._sampled(solver, frozen, batch, lambda state: state.x)
-        exact = batch.way[:, -1]
-        if search.loss == "pixels":
-            end, exact = (programs.decoded(self._networks, frozen[1], x) for x in (end, exact))
-        loss = _relative(end, exact)
+        loss = _relative(*self._compared(end, batch.way[:, -1], frozen))
         if search.trajectory_weight:
             each = jax.vmap(lambda x, t: _relative(x, on_the_way(batch.way, batch.noise, t)))
             loss += search.trajectory_weight * each(states, solver.times[1:]).mean()
@@ -286,7 +301,14 @@ class SolverSearch:
     def _squared_errors(self, frozen: Any, batch: Examples) -> Float[Array, " batch"]:
         frozen, solver = frozen
         end, _ = self._sampled(solver, frozen, batch)
-        return jnp.mean((end - batch.way[:, -1]) ** 2, axis=tuple(range(1, end.ndim)))
+        end, exact = self._compared(end, batch.way[:, -1], frozen)
+        return jnp.mean((end - exact) ** 2, axis=tuple(range(1, end.ndim)))
+
+    def _compared(self, end: Latents, exact: Latents, frozen: Any) -> tuple[jax.Array, jax.Array]:
+        """Two ends as the loss compares them: latents, or the pixels of those."""
+        if self._search.loss == "latents":
+            return end, exact
+        return tuple(programs.decoded(self._networks, frozen[1], x) for x in (end, exact))
 
 
 def _relative(x: Latents, exact: Latents) -> Float[Array, ""]:

@@ -11,8 +11,10 @@ from jaxtyping import Array, Float
 from flowturbo_jax.interfaces import InputError
 from flowturbo_jax.multistep import Solver, adams_bashforth
 from flowturbo_jax.schedule import Schedule
+from flowturbo_jax.spacing import LEARNT
 
 LOSSES = ("latents", "pixels")
+MOST_STEPS = 64
 REMATS = ("none", "evaluations", "blocks")
 
 
@@ -53,9 +55,14 @@ class Search:
 
     def __post_init__(self):
         if not self.schedule.learnt:
+            learnt = dataclasses.replace(self.schedule, shift=1.0, spacing=LEARNT)
             raise InputError(
-                f"schedule {self.schedule} has nothing to learn; take S5, S4R1, H1S4 or "
-                f"{self.schedule}@learnt"
+                f"schedule {self.schedule} has nothing to learn; take S5, S4R1, H1S4 or {learnt}"
+            )
+        if self.schedule.steps > MOST_STEPS:
+            raise InputError(
+                f"schedule {self.schedule} has {self.schedule.steps} steps; up to {MOST_STEPS} are "
+                "learnt: more gain nothing"
             )
         for name in ("steps", "batch_size", "noises", "held_out", "evaluate_every", "patience"):
             if getattr(self, name) < 1:

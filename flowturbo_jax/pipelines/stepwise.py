@@ -161,6 +161,8 @@ class Costs:
 
     def _block(self, block: str, plan: Plan, t: float, where: str) -> float:
         key = f"{block} {plan.guidance} {where}"
+        if plan.schedule.remembered:  # a history makes all blocks a little slower
+            key += f" remembering {plan.schedule.remembered}"
         if key not in self._known:
             self._known[key] = self._measure(block, plan, t)
         return self._known[key]
