@@ -104,7 +104,11 @@ def rmse(pipe: ClassToImage, plan: Plan, given: Examples) -> float:
 def _scores(file: str) -> dict[str, dict[str, list[float]]]:
     """Of each schedule the Fréchet distances and times, one of each seed."""
     found: dict[str, dict[str, list[float]]] = {}
-    for row in comparison.read_rows(file):
+    rows = comparison.read_rows(file)
+    how = {(row["card"]["guidance_scale"], str(row["card"]["guidance_interval"])) for row in rows}
+    if len(how) > 1:
+        raise InputError(f"{file} has several guidance scales or intervals; evaluate them apart")
+    for row in rows:
         kept = found.setdefault(row["card"]["schedule"], {"fréchet": [], "ms": []})
         if "frechet_distance" not in row["results"]:
             raise InputError(f"{file} has no Fréchet distances; evaluate with a --reference")

@@ -77,7 +77,7 @@ class SampleConfig(Recipe):
       source_label: what the image shows; an edit then starts from the inverted image instead of
         one mixed with noise; "" for noise.
       source_prompt: the same, for a model of texts.
-      inversion: schedule from the image to its noise, of E, H and P.
+      inversion: schedule from the image to its noise, of E, H, P and A.
       tries: how often each step of inpainting or removing is made, to fit the new part in.
       soften: pixels around a mask over which both pictures are blended.
       margin: pixels (of the model's image) that a mask to remove is widened by; a 64th of the side,

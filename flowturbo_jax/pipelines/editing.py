@@ -59,7 +59,7 @@ class Editing(Pipeline):
           source_labels: of what they are. If given, the way back is the flow's own, from data to
             noise, instead of mixing with noise: seeds do not matter then, and more of the image
             stays.
-          inversion: the schedule of that way, of E, H and P, unguided; H1P11 if None.
+          inversion: the schedule of that way, of E, H, P and A, unguided; H1P11 if None.
           seeds: of the noise to mix with, as in `__call__`, as are the rest.
           first_index: where the indices of a single seed start.
           schedule: which block makes each step from there on.
@@ -225,7 +225,7 @@ class Editing(Pipeline):
         Args:
           images: `[B, H, W, C]` uint8 of the model's size.
           labels: of what they are, one each.
-          schedule: of E, H and P; a refiner goes forward only.
+          schedule: of E, H, P and A; a refiner and a learnt solver go forward only.
           guidance_scale: as in `__call__`, but without a scale or a mode there is no guidance.
           guidance: "paired", "official" or "none".
           guidance_interval: first and last flow time of guidance; all of the time if None.
