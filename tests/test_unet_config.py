@@ -73,7 +73,8 @@ def test_every_tensor_of_stable_diffusion_has_a_name():
 def test_what_a_config_says_of_itself():
     assert SD1.shape == (64, 64, 4)
     assert (SD1.num_classes, SD1.null_label, SD1.text_width, SD1.downsampling) == (0, None, 768, 8)
-    assert (SD1.head_size, SD2.head_size, SD1.refiner().head_size) == (160, 64, 40)
+    assert (SD1.head_sizes, SD2.head_sizes) == ((40, 80, 160), (64,))
+    assert (SD1.refiner().head_sizes, SD2.refiner().head_sizes) == ((20, 40), (16, 32))
     assert [kind.takes_text for kind in (UNetConfig, SiTConfig, MixtureConfig)] == [1, 0, 0]
     assert "takes_text" not in {field.name for field in dataclasses.fields(UNetConfig)}
     wide = SD1.resized(64, 96)
@@ -81,10 +82,14 @@ def test_what_a_config_says_of_itself():
     assert dataclasses.replace(SD1, layers_per_block=1).size_name is None
 
 
-def test_the_middle_counts_for_the_head_size_and_other_levels_without_text_do_not():
+def test_the_middle_counts_for_the_head_sizes_and_other_levels_without_text_do_not():
     fields = {"block_out_channels": (64, 64), "attention_heads": (1, 2)}
-    for cross, size in (((False, False), 32), ((True, False), 64), ((False, True), 32)):
-        assert UNetConfig((8, 8), **fields, cross_attention=cross).head_size == size
+    for cross, sizes in (
+        ((False, False), (32,)),
+        ((True, False), (32, 64)),
+        ((False, True), (32,)),
+    ):
+        assert UNetConfig((8, 8), **fields, cross_attention=cross).head_sizes == sizes
 
 
 def test_the_refiner_is_narrower_and_shallower():
