@@ -167,9 +167,11 @@ def test_published_config_files_are_read():
     heads = {"attention_head_dim": [5, 10, 20, 20], "cross_attention_dim": 1024}
     changes = {**heads, "sample_size": 96, "use_linear_projection": True, "upcast_attention": True}
     assert unet_architecture.unet_config({**PUBLISHED, **changes}, refiner=False) == SD2
-    again = {**PUBLISHED, **changes, "attention_head_dim": 8, "num_attention_heads": 10}
-    read = unet_architecture.unet_config(again, refiner=False)
-    assert read.attention_heads == (10, 10, 10, 10)
+    named_right = {"num_attention_heads": 10}
+    for again in (named_right, {"attention_head_dim": [10] * 4, **named_right}):
+        others = {k: v for k, v in PUBLISHED.items() if k != "attention_head_dim"}
+        read = unet_architecture.unet_config({**others, **again}, refiner=False)
+        assert read.attention_heads == (10, 10, 10, 10)
     few = {"sample_size": [64, 32], "cross_attention_dim": 768}
     assert unet_architecture.unet_config(few, refiner=False) == SD1.resized(64, 32)
 
@@ -225,6 +227,9 @@ def test_a_config_file_of_todays_diffusers_is_read():
         ({"transformer_layers_per_block": [1, 2, 10]}, "transformer_layers_per_block is"),
         ({"attention_head_dim": [5, 10, 20]}, "attention_head_dim is .* each of 4 resolutions"),
         ({"num_attention_heads": "8"}, "num_attention_heads is '8'"),
+        ({"num_attention_heads": 10}, "num_attention_heads is 10 and its attention_head_dim 8; "),
+        ({"num_attention_heads": 8, "attention_head_dim": "8"}, "attention_head_dim is '8'"),
+        ({"attention_head_dim": None}, "attention_head_dim is None; supported is an integer"),
         ({"attention_head_dim": 7}, "320 is not divisible by attention_heads 7"),
         ({"use_linear_projection": 1}, "use_linear_projection is 1; supported is true or false"),
         ({"block_out_channels": 320}, "block_out_channels is 320; supported is a list"),
