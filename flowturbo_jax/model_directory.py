@@ -21,7 +21,7 @@ from flowturbo_jax.interfaces import InputError, Params
 from flowturbo_jax.model_description import Description, Preset
 from flowturbo_jax.model_files import check_place, digest_of, replace
 from flowturbo_jax.models import VAE, CLIPText, family
-from flowturbo_jax.models.attention import for_device
+from flowturbo_jax.models.attention import Chosen, for_device
 from flowturbo_jax.tokenizer import Tokenizer, check_fits
 
 SHIPPED = Path(__file__).parent / "pretrained"
@@ -163,14 +163,22 @@ def modules(
     built = {}
     for network, config in description.networks.items():
         attention = {}
-        if fast_attention and hasattr(config, "head_size"):
-            chosen, why = for_device(jax.devices()[0], options["dtype"], config.head_size)
-            slower = chosen != "cudnn" and jax.default_backend() == "gpu" and dtype == "bfloat16"
-            log = logging.warning if slower else logging.info
-            log("attention of the %s by %s: %s", network, chosen, why)
-            attention = {"attention": chosen}
+        if fast_attention and hasattr(config, "head_sizes"):
+            attention = {"attention": _attention(network, options["dtype"], config.head_sizes)}
         built[network] = build[network](config, **options, **attention)
     return built
+
+
+def _attention(network: str, dtype: Any, head_sizes: tuple[int, ...]) -> Chosen:
+    """What the attention of a network is to be computed by, each head size for itself."""
+    chosen = {size: for_device(jax.devices()[0], dtype, size) for size in head_sizes}
+    for implementation, why in dict.fromkeys(chosen.values()):
+        slower = implementation != "cudnn" and jax.default_backend() == "gpu"
+        log = logging.warning if slower and dtype == jnp.bfloat16 else logging.info
+        log("attention of the %s by %s: %s", network, implementation, why)
+    names = {size: implementation for size, (implementation, _) in chosen.items()}
+    # One name where it is the same for all: there is nothing to tell apart.
+    return next(iter(names.values())) if len(set(names.values())) == 1 else tuple(names.items())
 
 
 def load_network(

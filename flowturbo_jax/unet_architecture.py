@@ -137,11 +137,22 @@ def _heads(given: Mapping[str, Any], levels: int) -> tuple[int, ...]:
     """Attention heads at each resolution.
 
     Source: diffusers unet_2d_condition.py: attention_head_dim is their number, a wrong name that
-    was kept.
+    was kept. It refuses the right name; here that is taken where the two do not differ.
     """
-    named_right = given.get("num_attention_heads") is not None
-    key = "num_attention_heads" if named_right else "attention_head_dim"
-    value = given.get(key, 8)
+    named_right = given.get("num_attention_heads")
+    if named_right is None:
+        return _heads_of("attention_head_dim", given.get("attention_head_dim", 8), levels)
+    heads = _heads_of("num_attention_heads", named_right, levels)
+    kept = given.get("attention_head_dim")
+    if kept is not None and _heads_of("attention_head_dim", kept, levels) != heads:
+        raise InputError(
+            f"the U-Net's num_attention_heads is {named_right!r:.99} and its attention_head_dim "
+            f"{kept!r:.99}; both are the number of heads, so give one of them, or the same twice"
+        )
+    return heads
+
+
+def _heads_of(key: str, value: Any, levels: int) -> tuple[int, ...]:
     heads = value if isinstance(value, list) else [value] * levels
     if len(heads) != levels:
         raise _unsupported(key, value, f"a number, or one for each of {levels} resolutions")

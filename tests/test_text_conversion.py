@@ -17,11 +17,13 @@ from flowturbo_jax.__main__ import main as package_main
 from flowturbo_jax.clip_architecture import clip_config
 from flowturbo_jax.commands import entry
 from flowturbo_jax.convert import official_shapes
+from flowturbo_jax.interfaces import InputError
 from flowturbo_jax.pipelines import text_conversion, velocity_check
 
 PIPELINE = golden.FOLDER / "instaflow" / "pipeline"
 REFINER = golden.FOLDER / "unet" / "unet_8ch"
 ROOT = Path(__file__).parents[1]
+SCHEDULER = Path("scheduler", "scheduler_config.json")
 
 
 def run(main, *arguments: str) -> int:
@@ -148,6 +150,15 @@ def unlink(path: Path) -> None:
             ),
             "predictor: .*conv_in.bias.* not finite",
         ),
+        (
+            lambda p: edit_json(p / SCHEDULER, prediction_type="v_prediction"),
+            "is a diffusion model: .* says v_prediction, and that v is not the velocity of a rect",
+        ),
+        (
+            lambda p: (p / SCHEDULER).write_text('{"prediction_type": "v_pred'),
+            "scheduler: cannot read .*scheduler_config.json as JSON",
+        ),
+        (lambda p: (p / SCHEDULER).write_text("[]"), "scheduler: .* must hold a JSON object"),
     ],
 )
 def test_a_pipeline_that_is_not_whole_is_refused_before_anything_is_written(
@@ -161,6 +172,49 @@ def test_a_pipeline_that_is_not_whole_is_refused_before_anything_is_written(
     assert line.startswith("error: ")
     assert re.search(message, line), line
     assert sorted(path.name for path in tmp_path.iterdir()) in ([], ["pipeline"])
+
+
+def keep(pipeline: Path) -> None:
+    """Nothing is changed: it has Stable Diffusion's file, without a prediction_type."""
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        keep,
+        lambda p: edit_json(p / SCHEDULER, prediction_type="epsilon"),
+        lambda p: edit_json(p / SCHEDULER, prediction_type=["v_prediction"]),
+        lambda p: unlink(p / "scheduler"),
+    ],
+)
+def test_a_scheduler_that_says_no_v_prediction_does_not_matter(pipeline, change):
+    change(pipeline)
+    assert text_conversion._check_scheduler(pipeline, str(pipeline)) is None
+
+
+@pytest.mark.parametrize(("named", "asked"), [(["diffusers", "DDIM"], 1), ([None, None], 0)])
+def test_the_scheduler_is_asked_of_the_hub_where_the_index_names_one(
+    pipeline, monkeypatch, named, asked
+):
+    edit_json(pipeline / "model_index.json", scheduler=named)
+    remote = Path(shutil.copytree(pipeline, pipeline.parent / "remote"))
+    unlink(pipeline / "scheduler")
+    edit_json(remote / SCHEDULER, prediction_type="v_prediction")
+    calls = []
+
+    def fetch_parts(*given):
+        calls.append(given)
+        return remote
+
+    monkeypatch.setattr(hub, "fetch_parts", fetch_parts)
+    given = (pipeline, "hf://some/diffusion")
+    if asked:
+        with pytest.raises(InputError, match=r"^hf://some/diffusion is a diffusion model"):
+            text_conversion._check_scheduler(*given)
+    else:
+        text_conversion._check_scheduler(*given)
+    parts = {"scheduler": ("scheduler_config.json",)}
+    assert calls == [("hf://some/diffusion", "model_index.json", parts)] * asked
 
 
 @pytest.mark.parametrize(

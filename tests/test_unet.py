@@ -252,7 +252,7 @@ def test_option_changes_no_parameter(options):
 
 
 def test_only_self_attention_takes_another_implementation(monkeypatch):
-    seen = []
+    seen, params = [], tiny_params()
 
     def attend(q, k, v, implementation="xla"):
         seen.append((k.shape[1], implementation))
@@ -260,7 +260,7 @@ def test_only_self_attention_takes_another_implementation(monkeypatch):
 
     monkeypatch.setattr(unet_blocks, "attend", attend)
     unet = UNet(TINY, attention="cudnn")
-    jax.eval_shape(unet.apply, {"params": tiny_params()}, *tiny_inputs())
+    jax.eval_shape(unet.apply, {"params": params}, *tiny_inputs())
     fine, coarse, text = (32, "cudnn"), (8, "cudnn"), (5, "xla")
     assert seen == [fine, text, coarse, text, fine, text, fine, text]
 

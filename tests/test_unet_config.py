@@ -73,7 +73,8 @@ def test_every_tensor_of_stable_diffusion_has_a_name():
 def test_what_a_config_says_of_itself():
     assert SD1.shape == (64, 64, 4)
     assert (SD1.num_classes, SD1.null_label, SD1.text_width, SD1.downsampling) == (0, None, 768, 8)
-    assert (SD1.head_size, SD2.head_size, SD1.refiner().head_size) == (160, 64, 40)
+    assert (SD1.head_sizes, SD2.head_sizes) == ((40, 80, 160), (64,))
+    assert (SD1.refiner().head_sizes, SD2.refiner().head_sizes) == ((20, 40), (16, 32))
     assert [kind.takes_text for kind in (UNetConfig, SiTConfig, MixtureConfig)] == [1, 0, 0]
     assert "takes_text" not in {field.name for field in dataclasses.fields(UNetConfig)}
     wide = SD1.resized(64, 96)
@@ -81,10 +82,14 @@ def test_what_a_config_says_of_itself():
     assert dataclasses.replace(SD1, layers_per_block=1).size_name is None
 
 
-def test_the_middle_counts_for_the_head_size_and_other_levels_without_text_do_not():
+def test_the_middle_counts_for_the_head_sizes_and_other_levels_without_text_do_not():
     fields = {"block_out_channels": (64, 64), "attention_heads": (1, 2)}
-    for cross, size in (((False, False), 32), ((True, False), 64), ((False, True), 32)):
-        assert UNetConfig((8, 8), **fields, cross_attention=cross).head_size == size
+    for cross, sizes in (
+        ((False, False), (32,)),
+        ((True, False), (32, 64)),
+        ((False, True), (32,)),
+    ):
+        assert UNetConfig((8, 8), **fields, cross_attention=cross).head_sizes == sizes
 
 
 def test_the_refiner_is_narrower_and_shallower():
@@ -162,9 +167,11 @@ def test_published_config_files_are_read():
     heads = {"attention_head_dim": [5, 10, 20, 20], "cross_attention_dim": 1024}
     changes = {**heads, "sample_size": 96, "use_linear_projection": True, "upcast_attention": True}
     assert unet_architecture.unet_config({**PUBLISHED, **changes}, refiner=False) == SD2
-    again = {**PUBLISHED, **changes, "attention_head_dim": 8, "num_attention_heads": 10}
-    read = unet_architecture.unet_config(again, refiner=False)
-    assert read.attention_heads == (10, 10, 10, 10)
+    named_right = {"num_attention_heads": 10}
+    for again in (named_right, {"attention_head_dim": [10] * 4, **named_right}):
+        others = {k: v for k, v in PUBLISHED.items() if k != "attention_head_dim"}
+        read = unet_architecture.unet_config({**others, **again}, refiner=False)
+        assert read.attention_heads == (10, 10, 10, 10)
     few = {"sample_size": [64, 32], "cross_attention_dim": 768}
     assert unet_architecture.unet_config(few, refiner=False) == SD1.resized(64, 32)
 
@@ -220,6 +227,9 @@ def test_a_config_file_of_todays_diffusers_is_read():
         ({"transformer_layers_per_block": [1, 2, 10]}, "transformer_layers_per_block is"),
         ({"attention_head_dim": [5, 10, 20]}, "attention_head_dim is .* each of 4 resolutions"),
         ({"num_attention_heads": "8"}, "num_attention_heads is '8'"),
+        ({"num_attention_heads": 10}, "num_attention_heads is 10 and its attention_head_dim 8; "),
+        ({"num_attention_heads": 8, "attention_head_dim": "8"}, "attention_head_dim is '8'"),
+        ({"attention_head_dim": None}, "attention_head_dim is None; supported is an integer"),
         ({"attention_head_dim": 7}, "320 is not divisible by attention_heads 7"),
         ({"use_linear_projection": 1}, "use_linear_projection is 1; supported is true or false"),
         ({"block_out_channels": 320}, "block_out_channels is 320; supported is a list"),

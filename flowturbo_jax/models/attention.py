@@ -11,6 +11,7 @@ Heads = Float[Array, "batch tokens heads size"]
 KeyHeads = Float[Array, "batch keys heads size"]  # as many as queries in self-attention
 
 IMPLEMENTATIONS = ("xla", "cudnn")
+Chosen = str | tuple[tuple[int, str], ...]  # one of those for all heads, or one by head size
 # What cuDNN's fused attention takes: NVIDIA, "cuDNN Frontend: Scaled Dot Product Attention".
 HEAD_MULTIPLE, HEAD_LIMIT, HEAD_LIMIT_HOPPER = 8, 128, 256
 
@@ -69,6 +70,19 @@ def for_device(device: Any, dtype: Any, head_size: int) -> tuple[str, str]:
         except (NotImplementedError, RuntimeError, ValueError) as error:
             return "xla", f"JAX has no cuDNN attention here: {error}"
     return implementation, reason
+
+
+def for_head(chosen: Chosen, head_size: int) -> str:
+    """The implementation that heads of that size take.
+
+    Args:
+      chosen: one for heads of any size, or pairs of a head size and its own.
+      head_size: width of a head.
+
+    Raises:
+      KeyError: nothing was chosen for that size.
+    """
+    return chosen if isinstance(chosen, str) else dict(chosen)[head_size]
 
 
 def attend(

@@ -142,9 +142,9 @@ class SiTConfig:
         return (self.input_size, self.input_size, self.in_channels)
 
     @property
-    def head_size(self) -> int:
-        """Width of an attention head."""
-        return self.hidden_size // self.num_heads
+    def head_sizes(self) -> tuple[int, ...]:
+        """Widths of the attention heads there are: one, that of all blocks."""
+        return (self.hidden_size // self.num_heads,)
 
     @property
     def null_label(self) -> int | None:

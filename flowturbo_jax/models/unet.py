@@ -13,6 +13,7 @@ from flax import linen as nn
 from jaxtyping import Array, Float
 
 from flowturbo_jax.interfaces import BatchTime, InputError, Params, Time, Timeless
+from flowturbo_jax.models.attention import Chosen, for_head
 from flowturbo_jax.models.unet_blocks import (
     NORM_EPSILON,
     BlocksText,
@@ -52,13 +53,14 @@ class UNet(nn.Module):
       config: the hyper-parameters.
       dtype: dtype of the matrix products; parameters are float32, the result has x's dtype.
       remat: recompute each layer in the backward pass instead of storing its activations.
-      attention: implementation of the self-attention, see `models.attention.choose`.
+      attention: implementation of the self-attention, see `models.attention.choose`; or pairs of a
+        head size and its own, for all of `config.head_sizes`.
     """
 
     config: UNetConfig
     dtype: Any = jnp.float32
     remat: bool = False
-    attention: str = "xla"
+    attention: Chosen = "xla"
 
     def setup(self):
         config, dtype = self.config, self.dtype
@@ -164,14 +166,14 @@ class Stage(nn.Module):
       level: which resolution, 0 for the finest.
       dtype: dtype of the matrix products.
       remat: recompute each layer in the backward pass instead of storing its activations.
-      attention: implementation of the self-attention.
+      attention: implementation of the self-attention, as the network has it.
     """
 
     config: UNetConfig
     level: int
     dtype: Any
     remat: bool
-    attention: str
+    attention: Chosen
 
     def keys_values(self, states: TextStates) -> StageText:
         """What `__call__` needs of the text."""
@@ -186,15 +188,16 @@ class Stage(nn.Module):
     def _transformers(self, count: int) -> list[nn.Module]:
         layer = nn.remat(Transformer) if self.remat else Transformer
         config = self.config
+        width, heads = config.block_out_channels[self.level], config.attention_heads[self.level]
         return [
             layer(
-                config.block_out_channels[self.level],
-                config.attention_heads[self.level],
+                width,
+                heads,
                 config.transformer_layers,
                 config.linear_projection,
                 config.norm_num_groups,
                 self.dtype,
-                self.attention,
+                for_head(self.attention, width // heads),
             )
             for _ in range(count)
         ]

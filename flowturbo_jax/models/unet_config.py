@@ -124,12 +124,12 @@ class UNetConfig:
         return None
 
     @property
-    def head_size(self) -> int:
-        """Width of the widest attention head."""
+    def head_sizes(self) -> tuple[int, ...]:
+        """Widths of the attention heads there are, ascending, each once."""
         levels = zip(self.block_out_channels, self.attention_heads, strict=True)
         sizes = [width // heads for width, heads in levels]
-        used = [size for size, is_used in zip(sizes, self.cross_attention, strict=True) if is_used]
-        return max(*used, sizes[-1]) if used else sizes[-1]
+        used = {size for size, is_used in zip(sizes, self.cross_attention, strict=True) if is_used}
+        return tuple(sorted({*used, sizes[-1]}))  # the middle is at the last resolution
 
     @property
     def text_width(self) -> int:

@@ -39,6 +39,7 @@ PARTS: dict[str, Any] = {  # of a pipeline on the hub
     "text_encoder": TEXT_ENCODER_FILES,
     "tokenizer": TOKENIZER_FILES,
 }
+SCHEDULER = {"scheduler": ("scheduler_config.json",)}  # a part that there need not be
 CLASSES = {  # what each part of a pipeline has to be
     "unet": ("UNet2DConditionModel",),
     "vae": ("AutoencoderKL",),
@@ -92,6 +93,7 @@ def convert_pipeline(
     out = free_place(out, force)
     folder = hub.fetch_parts(sources.pipeline, INDEX, PARTS)
     _check_index(folder)
+    _check_scheduler(folder, sources.pipeline)
     networks = _read_all(folder, sources, report)
     tokenizer = _tokenizer(folder, networks["text_encoder"].config)
     description = _describe(sources, networks)
@@ -131,6 +133,28 @@ def _check_index(folder: Path) -> None:
             )
         if not (folder / part).is_dir():
             raise InputError(f"{folder} has no folder {part}; get the whole pipeline")
+
+
+def _check_scheduler(folder: Path, reference: str) -> None:
+    """Refuses a pipeline whose scheduler file says that it is a diffusion of v-prediction.
+
+    Its v is a mix of noise and data that is no direction of a straight path, and of the same shape.
+    A file that says anything else is no proof: a rectified flow may keep Stable Diffusion's.
+    """
+    if read_json(folder / INDEX).get("scheduler") not in (None, [None, None]):
+        folder = hub.fetch_parts(reference, INDEX, SCHEDULER)  # the hub has what the index names
+    file = folder / "scheduler" / "scheduler_config.json"
+    if not file.exists():
+        return
+    try:
+        given = read_json(file)
+    except InputError as error:
+        raise InputError(f"scheduler: {error}") from error
+    if given.get("prediction_type") == "v_prediction":
+        raise InputError(
+            f"{reference} is a diffusion model: its scheduler_config.json says v_prediction, and "
+            "that v is not the velocity of a rectified flow; convert a rectified flow instead"
+        )
 
 
 def _read_all(
