@@ -186,6 +186,16 @@ def test_images_of_another_size_are_measured_at_that(asked, tmp_path):
         assert stored["arr_0"].shape == (SAMPLES, 8, 12, 1)
 
 
+def test_without_schedules_a_model_without_a_refiner_is_measured_by_one_it_can_take(
+    model, asked, tmp_path
+):
+    out = tmp_path / "out.json"
+    asked = [flag for flag in asked if not flag.startswith("--schedules")]
+    assert run(package_main, *asked, f"--out={out}") == 0
+    (row,) = json.loads(out.read_text())
+    assert row["card"]["schedule"] == "H1P6"
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -67,7 +67,7 @@ def _parser() -> LineParser:
     add = parser.add_argument
     add("model_dir", nargs="?", help="model directory, or the name of a shipped model")
     add("--out", help="JSON file of results, continued if it exists")
-    add("--schedules", default="H1P5R3", help="comma-separated, such as H8,H1P3R2,fast (H1P5R3)")
+    add("--schedules", help="such as H8,H1P3R2,fast (H1P5R3; H1P6 without a refiner)")
     add("--samples", type=int, default=50_000, help="per schedule and seed (50000)")
     add("--seeds", default="0", help="comma-separated (0); three say how far to trust a number")
     add("--labels", default="balanced", help="balanced (classes or captions in turn) or random")
@@ -152,7 +152,7 @@ def _captions(args: argparse.Namespace) -> Captions | None:
 def _plans(pipe: Generation, args: argparse.Namespace) -> list[Plan]:
     """How to sample; what is named twice is measured and counted once."""
     asked = (args.guidance_scale, args.guidance, args.guidance_interval)
-    texts = args.schedules.split(",")
+    texts = [None] if args.schedules is None else args.schedules.split(",")
     for text in texts:
         pipe.check(pipe.placeholders(1), text, *asked)
     plans = list(dict.fromkeys(pipe.plan(text, *asked) for text in texts))
