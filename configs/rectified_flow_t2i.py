@@ -1,14 +1,15 @@
 r"""2-Rectified Flow (Stable Diffusion 1.5 made straight, by InstaFlow's authors): images of texts.
 
   python -m flowturbo_jax convert --pipeline 2-rectified-flow/ --out models/2rf
-  python sample.py --config=configs/rectified_flow_t2i.py
+  python sample.py --config=configs/rectified_flow_t2i.py --config.prompts_file=configs/prompts.txt
   python sample.py --config=configs/rectified_flow_t2i.py --config.prompt="a fox | a bear" \
       --config.seeds=1,2 --config.negative_prompt=blurry --config.image_size=512x768
 
-Four images of 512 x 512 pixels. H1P6 needs no refiner: eight evaluations of the U-Net, each on a
-guided pair, and one decoding, 7 TMAC an image: minutes each on two CPU cores. With a refiner, of
-configs/rectified_flow_t2i_refiner.py, take --config.schedule=H1P6R3, which the paper finds as good
-as H8, of 16 evaluations. On a GPU add --config.dtype=bfloat16.
+Say what the images show by prompt or prompts_file; the recipe itself has no text. The first command
+makes four images of 512 x 512 pixels. H1P6 needs no refiner: eight evaluations of the U-Net, each
+on a guided pair, and one decoding, 7 TMAC an image: minutes each on two CPU cores. With a refiner,
+of configs/rectified_flow_t2i_refiner.py, take --config.schedule=H1P6R3, which the paper finds as
+good as H8, of 16 evaluations. On a GPU add --config.dtype=bfloat16.
 """
 
 from flowturbo_jax.sample_config import SampleConfig
@@ -19,10 +20,6 @@ def get_config():
         name="rectified_flow_t2i",
         model_dir="models/2rf",
         schedule="H1P6",
-        prompt="a photograph of a red fox in the snow"
-        " | a lighthouse on a cliff at sunset, oil painting"
-        " | a bowl of ramen on a wooden table, close-up"
-        " | an astronaut riding a horse on the moon",
         columns=2,
         batch_size=4,
         guidance_scale=1.5,  # PAPER section 6

@@ -16,8 +16,13 @@ def place(directory: Path, schedule: Schedule) -> Path:
     return directory / FOLDER / f"{schedule}.json"
 
 
-def of_model(directory: Path, schedule: Schedule) -> LearntSolver:
+def of_model(directory: Path, schedule: Schedule, can_learn: bool = True) -> LearntSolver:
     """The solver that a model directory has for a schedule.
+
+    Args:
+      directory: of the model.
+      schedule: a learnt one.
+      can_learn: whether `solve` takes such a model, so that a message may advise it.
 
     Raises:
       InputError: it has none, or it is of another schedule or not consistent.
@@ -25,9 +30,11 @@ def of_model(directory: Path, schedule: Schedule) -> LearntSolver:
     file = place(directory, schedule)
     if not file.is_file():
         there = ", ".join(map(str, learnt_schedules(directory))) or "none"
+        advice = "take a schedule of E, H and P"
+        if can_learn:
+            advice = f"learn it: python -m flowturbo_jax solve {directory} --schedule={schedule}"
         raise InputError(
-            f"the model in {directory} has no solver {schedule} (it has {there}); learn it: "
-            f"python -m flowturbo_jax solve {directory} --schedule={schedule}"
+            f"the model in {directory} has no solver {schedule} (it has {there}); {advice}"
         )
     found = LearntSolver.read(file)
     if found.schedule != schedule:

@@ -249,6 +249,20 @@ def test_the_imagenet_recipe_makes_eight_images_at_full_size():
     assert (images.shape, images.dtype) == ((8, 256, 256, 3), jnp.uint8)
 
 
+def test_the_text_recipe_has_no_text_that_a_user_did_not_give():
+    config = read(CONFIGS[0].with_name("rectified_flow_t2i.py"))
+    assert (config.prompt, config.prompts_file, config.negative_prompt) == ("", "", "")
+    with config.unlocked():
+        config.prompts_file = str(CONFIGS[0].with_name("prompts.txt"))
+    recipe = SampleConfig.create(config)
+    assert len(data.read_prompts(recipe.prompts_file)) == 4
+    head = CONFIGS[0].with_name("rectified_flow_t2i.py").read_text().split('"""')[1]
+    commands = head.replace("\\\n", " ").splitlines()
+    commands = [line for line in commands if "python sample.py" in line]
+    assert commands
+    assert all("--config.prompt" in line for line in commands)
+
+
 def test_a_whole_number_in_a_recipe_leaves_its_flag_a_float():
     recipe = SampleConfig("x", model_dir="digits", schedule="H1", guidance_scale=2)
     config = recipe.to_config_dict()

@@ -11,6 +11,7 @@ import tiny_text
 
 import flowturbo_jax as ft
 from flowturbo_jax import model_directory, path
+from flowturbo_jax.interfaces import InputError
 from flowturbo_jax.pipelines import any_model, programs
 from flowturbo_jax.pipelines.text_to_image import TextToImage
 
@@ -55,6 +56,22 @@ def test_without_guidance_a_negative_prompt_does_nothing(pipe):
     settings = {"seeds": 1, "schedule": "H1P1R1", "guidance_scale": 1}
     plain = pipe(PROMPTS, **settings)
     np.testing.assert_array_equal(plain, pipe(PROMPTS, negative_prompts="a cross", **settings))
+
+
+def test_a_model_without_a_refiner_has_a_default_schedule_too(pipe):
+    assert str(pipe.plan().schedule) == "H1P5R3"
+    bare = TextToImage(tiny_text.model(refiner=False))
+    assert str(bare.plan().schedule) == "H1P6"
+    with pytest.raises(InputError, match="H1P5R3 refines, but this model has no refiner"):
+        bare.plan("H1P5R3")
+
+
+def test_a_refusal_advises_no_command_that_takes_no_texts(directory):
+    pipe = TextToImage.load(directory)
+    with pytest.raises(InputError, match=r"no schedule 'fast' yet: name one such as H1P5R3$"):
+        pipe.plan("fast")
+    with pytest.raises(InputError, match=r"has no solver S5 .*; take a schedule of E, H and P$"):
+        pipe.plan("S5")
 
 
 def test_one_text_is_one_image(pipe, images):

@@ -4,7 +4,8 @@ r"""Measures schedules of a model directory, or compares what was measured.
   evaluate models/sit-xl-2-256 --features inception:pt_inception-2015-12-05-6726825d.pth \
       --reference VIRTUAL_imagenet256_labeled.npz --out runs/xl.json
   evaluate models/2rf --captions prompts.txt --samples 5000 --reference images:photographs \
-      --features inception:pt_inception-2015-12-05-6726825d.pth --out runs/2rf.json
+      --features inception:pt_inception-2015-12-05-6726825d.pth --out runs/2rf.json \
+      --batch-size=8 --dtype=bfloat16
   evaluate --compare A.json B.json
 
 Every row of the results has a protocol card: all that the numbers depend on. Rows that stand in the
@@ -26,7 +27,7 @@ from flowturbo_jax.commands import output_file
 from flowturbo_jax.commands.entry import LineParser, one_line
 from flowturbo_jax.commands.progress import images_done, say
 from flowturbo_jax.interfaces import InputError
-from flowturbo_jax.pipelines import any_model, captions, comparison, evaluation, judging
+from flowturbo_jax.pipelines import any_model, captions, comparison, evaluation, judging, memory
 from flowturbo_jax.pipelines.captions import Captions
 from flowturbo_jax.pipelines.generation import Generation
 from flowturbo_jax.pipelines.image_files import ImageFiles
@@ -67,7 +68,7 @@ def _parser() -> LineParser:
     add = parser.add_argument
     add("model_dir", nargs="?", help="model directory, or the name of a shipped model")
     add("--out", help="JSON file of results, continued if it exists")
-    add("--schedules", default="H1P5R3", help="comma-separated, such as H8,H1P3R2,fast (H1P5R3)")
+    add("--schedules", help="such as H8,H1P3R2,fast (H1P5R3; H1P6 without a refiner)")
     add("--samples", type=int, default=50_000, help="per schedule and seed (50000)")
     add("--seeds", default="0", help="comma-separated (0); three say how far to trust a number")
     add("--labels", default="balanced", help="balanced (classes or captions in turn) or random")
@@ -75,7 +76,10 @@ def _parser() -> LineParser:
     add("--negative-prompt", help="for models of texts: what guidance leads all images away from")
     add("--image-size", help="for models of texts: HEIGHTxWIDTH or one number; the model's own")
     add("--features", help="pixels, digits or inception:FILE; pixels for the digits' size")
-    add("--reference", help="digits, FILE.npz, images:DIR, folder:DIR, tfds:NAME or mixture:DIR")
+    add(
+        "--reference",
+        help="digits, FILE.npz, images:DIR, captions:DIR, tfds:NAME, mixture:DIR, ...",
+    )
     add("--neighbours", type=int, default=3, help="of precision and recall (3)")
     add("--guidance", help="paired, official or none; the model's default")
     add("--guidance-scale", type=float, help="the model's default")
@@ -152,7 +156,7 @@ def _captions(args: argparse.Namespace) -> Captions | None:
 def _plans(pipe: Generation, args: argparse.Namespace) -> list[Plan]:
     """How to sample; what is named twice is measured and counted once."""
     asked = (args.guidance_scale, args.guidance, args.guidance_interval)
-    texts = args.schedules.split(",")
+    texts = [None] if args.schedules is None else args.schedules.split(",")
     for text in texts:
         pipe.check(pipe.placeholders(1), text, *asked)
     plans = list(dict.fromkeys(pipe.plan(text, *asked) for text in texts))
@@ -271,7 +275,8 @@ def measure(
       One row per job, in order.
 
     Raises:
-      InputError: something cannot be written, or an image is not finite.
+      InputError: something cannot be written, an image is not finite, or a batch does not fit into
+        memory.
     """
     rows = []
     for plan, card, files in jobs:
@@ -279,7 +284,11 @@ def measure(
         work = output_file.work_folder(out) / key
         row = next((row for row in known if row["card"] == card), None)
         if row is None or not files.whole():
-            with images_done(_name(card)) as show:
+            batch_size = min(card["batch_size"], card["samples"])
+            with (
+                images_done(_name(card)) as show,
+                memory.one_line(batch_size, "--batch-size"),
+            ):
                 given = (pipe, plan, judges, card, work)
                 results = evaluation.measure(*given, captions=wanted, files=files, on_images=show)
             if row is None:

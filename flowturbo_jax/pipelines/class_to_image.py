@@ -38,7 +38,7 @@ class ClassToImage(Generation):
             or one seed per image, each the first image of its seed.
           first_index: where the indices of a single seed start, to continue an earlier batch.
           schedule: which block makes each step, or "fast", "balanced" or "best" where the model
-            was tuned, which also says how to guide; H1P5R3 if None.
+            was tuned, which also says how to guide; if None H1P5R3, or H1P6 without a refiner.
           guidance_scale: 1 is no guidance; the model's default if None.
           guidance: "paired", "official" or "none"; the model's default if None.
           guidance_interval: first and last flow time of guidance; all of the time if None.

@@ -137,7 +137,9 @@ class Pipeline:
         if schedule not in self._solvers:
             if self.model.directory is None:
                 raise InputError(f"this model lies in no directory, so it has no solver {schedule}")
-            found = solver_files.of_model(self.model.directory, schedule)
+            found = solver_files.of_model(
+                self.model.directory, schedule, not self.model.description.takes_text
+            )
             found.check_model(self.model.fingerprints)
             self._solvers[schedule] = found
         return self._solvers[schedule]

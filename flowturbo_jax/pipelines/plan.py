@@ -19,6 +19,7 @@ from flowturbo_jax.schedule import Schedule
 
 WantedSchedule = str | Schedule | LearntSolver | None  # a solver stands for its schedule
 DEFAULT_SCHEDULE = "H1P5R3"  # the paper's fastest on ImageNet
+WITHOUT_REFINER = "H1P6"  # the default of a model that has none
 
 
 class Plan(NamedTuple):
@@ -89,7 +90,8 @@ def resolve(
     Args:
       description: of the model.
       schedule: a schedule, or "fast", "balanced" or "best" where the model has such presets, which
-        also say how to guide; or a learnt solver, whatever model it was learnt for; H1P5R3 if None.
+        also say how to guide; or a learnt solver, whatever model it was learnt for; if None
+        H1P5R3, or H1P6 where there is no refiner.
       scale: guidance scale, a number or an array `[]`; the model's default if None.
       mode: "paired", "official" or "none"; that of the preset or of the model if None, but "paired"
         where the model's is "none" and a scale is given.
@@ -100,13 +102,17 @@ def resolve(
     Raises:
       InputError: the model cannot be sampled so.
     """
-    schedule = DEFAULT_SCHEDULE if schedule is None else schedule
+    default = WITHOUT_REFINER if description.refiner is None else DEFAULT_SCHEDULE
+    if schedule is None:
+        schedule = default
     if isinstance(schedule, str) and schedule.strip() in PRESET_NAMES:
         name = schedule.strip()
         if name not in description.schedules:
+            tune = "find it with python -m flowturbo_jax tune MODEL --write, or "
             raise InputError(
-                f"this model has no schedule {name!r} yet: find it with python -m flowturbo_jax "
-                "tune MODEL --write, or name one such as H1P5R3"
+                f"this model has no schedule {name!r} yet: "
+                f"{'' if description.takes_text else tune}"  # tune takes no such models
+                f"name one such as {default}"
             )
         preset = description.schedules[name]
         schedule = preset.schedule

@@ -57,7 +57,9 @@ class Subject(NamedTuple):
         """
         if self.directory is None:
             raise InputError(f"random weights have no solver, so {schedule} cannot be sampled")
-        return solver_files.of_model(model_directory.resolve(self.directory), schedule)
+        directory = model_directory.resolve(self.directory)
+        can_learn = not model_directory.describe(self.directory).takes_text
+        return solver_files.of_model(directory, schedule, can_learn)
 
     def load(
         self,

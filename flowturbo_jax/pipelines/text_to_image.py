@@ -52,7 +52,7 @@ class TextToImage(Generation):
             or one seed per image, each the first image of its seed.
           first_index: where the indices of a single seed start, to continue an earlier batch.
           schedule: which block makes each step, or "fast", "balanced" or "best" where the model
-            was tuned; H1P5R3 if None.
+            was tuned; if None H1P5R3, or H1P6 where there is no refiner.
           guidance_scale: 1 is no guidance; the model's default if None.
           guidance: "paired", "official" (of all channels) or "none"; the model's default if None.
           guidance_interval: first and last flow time of guidance; all of the time if None.
