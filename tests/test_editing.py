@@ -80,7 +80,7 @@ def by_hand(pipe, plan, labels, run):
         return run(programs.make_flow(networks, params, labels, scale, interval, plan.guidance))
 
     quick = jax.jit(function, compiler_options=golden.QUICK_COMPILE)
-    return quick(pipe.params, jnp.asarray(labels, jnp.int32), *plan.arguments)
+    return quick(pipe.params, jnp.asarray(labels, jnp.int32), *plan.arguments[:2])
 
 
 # edit

@@ -39,7 +39,7 @@ def compiled(mode, schedule):
     def run(params, refiner_params, z, labels, null_labels, scale):
         networks = golden.predictor(params), golden.refiner(refiner_params)
         state, _ = integrate(MODES[mode](*networks, labels, null_labels, scale), z, schedule)
-        return state
+        return state.x, state.memory
 
     return run
 

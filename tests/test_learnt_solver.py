@@ -575,7 +575,9 @@ def test_an_unguided_solver_samples_unguided(pipe, warnings):
     assert pipe.plan(solver)[1:4] == ("none", 1, None)
     with pytest.raises(InputError, match="learnt under guidance 'none', not 'paired'"):
         pipe.plan(solver, 2.0, "paired")
-    assert warnings() == []
+    assert warnings() == ["solver S3 was learnt without guidance, and samples without it"]
+    with pytest.raises(InputError, match="so it takes no guidance_scale"):
+        pipe.plan(solver, 2.0)
 
 
 def test_the_interval_is_the_solvers_unless_another_is_asked_for(pipe, warnings):

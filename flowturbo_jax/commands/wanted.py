@@ -87,6 +87,8 @@ def schedules(pipe: Generation, config: SampleConfig, guided: tuple[Any, ...]) -
       config: the recipe.
       guided: scale, mode and interval of guidance.
     """
+    if config.task == GENERATE:
+        pipe.plan(config.schedules[-1], *guided)  # so that its refusal stands alone
     kept = []
     for text in config.schedules[:-1]:
         if text not in PRESET_NAMES and Schedule.parse(text).learnt:
