@@ -196,6 +196,17 @@ def test_without_schedules_a_model_without_a_refiner_is_measured_by_one_it_can_t
     assert row["card"]["schedule"] == "H1P6"
 
 
+def test_a_batch_that_does_not_fit_is_one_line(asked, tmp_path, monkeypatch, capsys):
+    def fail(*_, **__):
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory")
+
+    monkeypatch.setattr(evaluation, "measure", fail)
+    assert run(package_main, *asked, f"--out={tmp_path / 'out.json'}") == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    expected = f"error: a batch of {BATCH} images does not fit into memory; take a smaller --batch"
+    assert error == f"{expected}-size"
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

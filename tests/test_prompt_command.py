@@ -305,6 +305,24 @@ def test_what_is_for_models_of_classes_says_so(model, tmp_path, capsys, command)
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    "keys", [{"prompt": TWO}, {"prompt": "a cross", "task": "edit", "image": "picture.png"}]
+)
+def test_a_batch_that_does_not_fit_is_one_line(run, tmp_path, monkeypatch, keys):
+    def fail(*_, **__):
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory")
+
+    monkeypatch.chdir(tmp_path)
+    for name in ("__call__", "edit"):
+        monkeypatch.setattr(TextToImage, name, fail)
+    code, _, error = run(**keys)
+    assert code == 2
+    count = len(keys["prompt"].split("|"))
+    expected = f"error: a batch of {count} images does not fit into memory; take a smaller --config"
+    assert error.splitlines()[-1] == f"{expected}.batch_size"
+    assert "Traceback" not in error
+
+
 def test_many_files_are_listed_by_the_first_and_the_last():
     assert listed(["a", "b"]) == "a, b"
     assert listed([str(i) for i in range(13)]) == "0 ... 12 (13 images)"

@@ -16,7 +16,7 @@ from flowturbo_jax.commands import output_file, result_files, wanted
 from flowturbo_jax.commands.sample import title
 from flowturbo_jax.commands.wanted import Wanted
 from flowturbo_jax.interfaces import InputError
-from flowturbo_jax.pipelines import evaluation
+from flowturbo_jax.pipelines import evaluation, memory
 from flowturbo_jax.pipelines.editing import backwards, default_margin
 from flowturbo_jax.pipelines.generation import Generation
 from flowturbo_jax.pipelines.plan import Plan
@@ -77,11 +77,21 @@ def edit(config: Mapping[str, Any] | ConfigDict) -> dict[str, Any]:
     texts = wanted.schedules(pipe, config, ())
     plans = [_plan(pipe, config, text, subject) for text in texts]
     wanted.refuse_idle_negative(config, plans)
+    batch_size = min(config.batch_size, len(subject.images))
+    with memory.one_line(batch_size, "--config.batch_size"):
+        rows, panels, noise = _made(pipe, config, asked, subject, plans)
+    return _write(config, asked, rows, [_given(config, subject), *panels], noise)
+
+
+def _made(
+    pipe: Generation, config: SampleConfig, asked: Wanted, subject: Subject, plans: list[Plan]
+) -> tuple[list[dict[str, Any]], list[Any], Any]:
+    """Card and results of each schedule, their panels, and of "invert" the noise."""
     noise = None
     if config.task == "invert":
         one = (subject.images[:1], subject.rows[:1])
         noise = pipe.invert(*one, schedule=config.inversion, **_guidance(plans[-1]))
-    panels, rows, made = [_given(config, subject)], [], None
+    panels, rows = [], []
     for plan in plans:
         once = partial(_do, pipe, config, subject, plan, noise)
         once()  # compiles
@@ -90,7 +100,7 @@ def edit(config: Mapping[str, Any] | ConfigDict) -> dict[str, Any]:
         card = _card(pipe, config, plan, asked, len(made))
         rows.append({"card": card, "results": results})
         panels.append((title(card, results["ms_per_image"]), made))
-    return _write(config, asked, rows, panels, noise)
+    return rows, panels, noise
 
 
 def _subject(pipe: Generation, config: SampleConfig, asked: Wanted) -> Subject:

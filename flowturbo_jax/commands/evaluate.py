@@ -4,7 +4,8 @@ r"""Measures schedules of a model directory, or compares what was measured.
   evaluate models/sit-xl-2-256 --features inception:pt_inception-2015-12-05-6726825d.pth \
       --reference VIRTUAL_imagenet256_labeled.npz --out runs/xl.json
   evaluate models/2rf --captions prompts.txt --samples 5000 --reference images:photographs \
-      --features inception:pt_inception-2015-12-05-6726825d.pth --out runs/2rf.json
+      --features inception:pt_inception-2015-12-05-6726825d.pth --out runs/2rf.json \
+      --batch-size=8 --dtype=bfloat16
   evaluate --compare A.json B.json
 
 Every row of the results has a protocol card: all that the numbers depend on. Rows that stand in the
@@ -26,7 +27,7 @@ from flowturbo_jax.commands import output_file
 from flowturbo_jax.commands.entry import LineParser, one_line
 from flowturbo_jax.commands.progress import images_done, say
 from flowturbo_jax.interfaces import InputError
-from flowturbo_jax.pipelines import any_model, captions, comparison, evaluation, judging
+from flowturbo_jax.pipelines import any_model, captions, comparison, evaluation, judging, memory
 from flowturbo_jax.pipelines.captions import Captions
 from flowturbo_jax.pipelines.generation import Generation
 from flowturbo_jax.pipelines.image_files import ImageFiles
@@ -271,7 +272,8 @@ def measure(
       One row per job, in order.
 
     Raises:
-      InputError: something cannot be written, or an image is not finite.
+      InputError: something cannot be written, an image is not finite, or a batch does not fit into
+        memory.
     """
     rows = []
     for plan, card, files in jobs:
@@ -279,7 +281,11 @@ def measure(
         work = output_file.work_folder(out) / key
         row = next((row for row in known if row["card"] == card), None)
         if row is None or not files.whole():
-            with images_done(_name(card)) as show:
+            batch_size = min(card["batch_size"], card["samples"])
+            with (
+                images_done(_name(card)) as show,
+                memory.one_line(batch_size, "--batch-size"),
+            ):
                 given = (pipe, plan, judges, card, work)
                 results = evaluation.measure(*given, captions=wanted, files=files, on_images=show)
             if row is None:

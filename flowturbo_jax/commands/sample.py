@@ -10,7 +10,7 @@ from tqdm import tqdm
 
 from flowturbo_jax.commands import output_file, result_files, wanted
 from flowturbo_jax.commands.wanted import Wanted
-from flowturbo_jax.pipelines import evaluation, judging
+from flowturbo_jax.pipelines import evaluation, judging, memory
 from flowturbo_jax.pipelines.generation import Generation
 from flowturbo_jax.pipelines.judging import Judges
 from flowturbo_jax.pipelines.plan import Plan
@@ -53,7 +53,8 @@ def sample(config: Mapping[str, Any] | ConfigDict) -> dict[str, Any]:
     with tqdm(total=asked.count * len(plans), unit="image") as bar:
         for plan in plans:
             bar.set_description(f"compiling {plan.schedule}")
-            row, made = _sampled(pipe, plan, asked, judges, config, bar)
+            with memory.one_line(min(config.batch_size, asked.count), "--config.batch_size"):
+                row, made = _sampled(pipe, plan, asked, judges, config, bar)
             rows.append(row)
             heading = title(row["card"], row["results"]["ms_per_image"])
             panels.append((heading, made[: config.shown]))

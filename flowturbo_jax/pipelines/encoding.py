@@ -1,6 +1,5 @@
 """Encodes a data set of images to a cache of latents, on all devices of this machine."""
 
-import contextlib
 import itertools
 import os
 import threading
@@ -8,7 +7,6 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 
 from flowturbo_jax import data, model_directory, parallel, stopping
@@ -16,6 +14,7 @@ from flowturbo_jax.data import DataSource, UnreadableError
 from flowturbo_jax.data.latent_manifest import Manifest, TextStates
 from flowturbo_jax.data.latent_writer import ShardDraft, writing
 from flowturbo_jax.interfaces import InputError
+from flowturbo_jax.pipelines import memory
 from flowturbo_jax.pipelines.encoding_batches import Encode, Encoded, Image, encoder_of
 from flowturbo_jax.pipelines.encoding_setup import (
     Autoencoder,
@@ -35,6 +34,7 @@ __all__ = [
     "read_text_encoder",
 ]
 
+REMEDY = "--batch-size, and another --out if files are finished in this one"
 CROPPED = ("folder", "tfds", "captions", "shards", "tfds_captions")  # kinds, by data/pixels.py
 IN_FOLDERS = ("folder", "captions")  # kinds that take all images below a folder
 SAMPLES, LOOKED_AT = 8, 512  # captions to sample pictures of, and how many they are chosen from
@@ -150,7 +150,7 @@ def encode(
     parallel.check_batch_size(options.batch_size)
     with (
         stopping.requests() as stop,
-        _memory_errors(options.batch_size),
+        memory.one_line(options.batch_size, REMEDY),
         writing(wanted, autoencoder.params, report) as writer,
     ):
         tally = _Tally(source, writer.manifest, options.unreadable_limit, report, on_images)
@@ -181,23 +181,6 @@ def _refuse_inside(source: DataSource, out: str | Path) -> None:
     root, place = (os.path.realpath(os.path.expanduser(path)) for path in (argument, out))
     if os.path.commonpath([root, place]) == root:
         raise InputError(f"{out} lies in {source.name}, the images' own folder; give another --out")
-
-
-@contextlib.contextmanager
-def _memory_errors(batch_size: int) -> Iterator[None]:
-    """Says what to do when a batch does not fit into memory."""
-    try:
-        yield
-    except (MemoryError, jax.errors.JaxRuntimeError) as error:
-        words = str(error)
-        if not isinstance(error, MemoryError) and not (
-            "RESOURCE_EXHAUSTED" in words or "out of memory" in words.lower()
-        ):
-            raise
-        raise InputError(
-            f"a batch of {batch_size} images does not fit into memory; take a smaller --batch-size"
-            ", and another --out if files are finished in this one"
-        ) from error
 
 
 class _Tally:
