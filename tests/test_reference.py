@@ -49,6 +49,19 @@ def expected_statistics(folder):
     return rows.mean(axis=0), np.cov(rows, rowvar=False)
 
 
+def test_images_with_captions_are_a_reference_as_those_of_a_folder_are(tmp_path):
+    folder = write_images(tmp_path / "captioned", size=(8, 6))  # to be cropped
+    for file in list(folder.glob("*.png")):
+        file.with_suffix(".txt").write_text("a picture")
+    with (
+        judging.opened("pixels", f"captions:{folder}", SHAPE, tmp_path / "a") as captioned,
+        judging.opened("pixels", f"images:{folder}", SHAPE, tmp_path / "b") as plain,
+    ):
+        found, wanted = captioned.reference.pooled, plain.reference.pooled
+        np.testing.assert_array_equal(found.mean, wanted.mean)
+        np.testing.assert_array_equal(found.covariance, wanted.covariance)
+
+
 @pytest.mark.parametrize("nested", [False, True])
 def test_statistics_of_a_folder_are_those_of_its_images(folder, tmp_path, nested):
     if nested:

@@ -34,7 +34,8 @@ DRAWN = 50_000  # images of a data set that has no end
 TOO_FEW = "{:,} {} for {:,} feature dimensions: the covariance is singular and the distance biased"
 INCEPTION_BATCH = 32  # images on each device at once
 REPORTED = 20_000  # images above which their statistics are worth a word
-CROPPED = ("images", "folder", "tfds")  # sources whose images are cropped to a size
+# Sources whose images are cropped to a size.
+CROPPED = ("images", "folder", "tfds", "captions", "shards", "tfds_captions")
 NETWORKS = "pixels, digits or inception:FILE"
 
 
