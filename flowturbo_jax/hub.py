@@ -7,7 +7,7 @@ from typing import NamedTuple
 from urllib.parse import quote, unquote
 
 from flowturbo_jax.interfaces import InputError
-from flowturbo_jax.weights.files import sha256_of
+from flowturbo_jax.weights.files import DIFFUSERS_WEIGHTS, TRANSFORMERS_WEIGHTS, sha256_of
 from flowturbo_jax.weights.json_file import read_index
 from flowturbo_jax.weights.tensor import quoted
 
@@ -19,16 +19,10 @@ NOT_MODELS = ("datasets/", "spaces/")  # what the hub also names in this way
 SHOWN = 300  # characters of another's message
 INDEX = ".index.json"  # end of the name of the file that lists the shards of large weights
 
-# diffusers, utils/constants.py: the files of one network; the weights are in one of four forms.
-DIFFUSERS_FILES = (
-    "config.json",
-    (
-        "diffusion_pytorch_model.safetensors",
-        f"diffusion_pytorch_model.safetensors{INDEX}",
-        "diffusion_pytorch_model.bin",
-        f"diffusion_pytorch_model.bin{INDEX}",
-    ),
-)
+# The files of one network, whose weights are in one of several forms.
+DIFFUSERS_FILES = ("config.json", DIFFUSERS_WEIGHTS)
+TRANSFORMERS_FILES = ("config.json", TRANSFORMERS_WEIGHTS)
+Names = Sequence[str | Sequence[str | Sequence[str]]]
 
 
 class Place(NamedTuple):
@@ -74,7 +68,7 @@ def fetch(
 
 def fetch_folder(
     reference: str | Path,
-    names: Sequence[str | Sequence[str]] = DIFFUSERS_FILES,
+    names: Names = DIFFUSERS_FILES,
     *,
     endpoint: str | None = None,
     cache_dir: str | Path | None = None,
@@ -84,8 +78,10 @@ def fetch_folder(
     Args:
       reference: a local path, which is returned as it is and need not exist, or `hf://owner/name`
         or `hf://owner/name/path/to/folder`, with `@revision` after the name for other than main.
-      names: the wanted files, the first of which must be a name. A tuple of names stands for the
-        first of them that exists; a name that ends in ".index.json" brings the shards it lists.
+      names: the wanted files, the first of which must be a name. A tuple stands for the first of
+        its choices that exists; a choice is a name, a tuple of names that belong together, of which
+        the first is looked for, or () for none of the choices. A name that ends in ".index.json"
+        brings the shards it lists.
       endpoint: as in `fetch`.
       cache_dir: as in `fetch`.
 
@@ -103,17 +99,23 @@ def fetch_folder(
     folder = folder._replace(revision=commit.name)
     for name in names[1:]:
         choices = (name,) if isinstance(name, str) else name
-        file = downloads.first_file([_inside(folder, choice) for choice in choices])
+        groups = [(choice,) if isinstance(choice, str) else tuple(choice) for choice in choices]
+        places = [_inside(folder, group[0]) if group else None for group in groups]
+        file = downloads.first_file(places)
+        if file is None:
+            continue
+        further = next((group[1:] for group in groups if group[:1] == (file.name,)), ())
         if file.name.endswith(INDEX):
-            for shard in read_index(file):
-                downloads.file(_inside(folder, shard))
+            further = read_index(file)
+        for other in further:
+            downloads.file(_inside(folder, other))
     return local
 
 
 def fetch_parts(
     reference: str | Path,
     first: str,
-    parts: Mapping[str, Sequence[str | Sequence[str]]],
+    parts: Mapping[str, Names],
     *,
     endpoint: str | None = None,
     cache_dir: str | Path | None = None,
@@ -195,9 +197,11 @@ class _Downloads:
     def file(self, place: Place) -> Path:
         return self.first_file([place])
 
-    def first_file(self, places: Sequence[Place]) -> Path:
-        """The first of several files that exists."""
+    def first_file(self, places: Sequence[Place | None]) -> Path | None:
+        """The first of several files that exists; None in its place where it need not."""
         for place in places:
+            if place is None:
+                return None
             try:
                 if not self._is_known_to_lack(place):
                     return self._download(place)

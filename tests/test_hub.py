@@ -13,12 +13,19 @@ from urllib.parse import unquote
 
 import pytest
 
-from flowturbo_jax.hub import DIFFUSERS_FILES, check_sha256, fetch, fetch_folder
+from flowturbo_jax.hub import (
+    DIFFUSERS_FILES,
+    TRANSFORMERS_FILES,
+    check_sha256,
+    fetch,
+    fetch_folder,
+)
 from flowturbo_jax.interfaces import InputError
+from flowturbo_jax.pipelines.text_conversion import TOKENIZER_FILES
 
 NOWHERE = "http://127.0.0.1:9"  # nothing listens there
 OLD, NEW = "0" * 39 + "1", "0" * 39 + "2"
-SAFE, SAFE_INDEX, PICKLE, _ = DIFFUSERS_FILES[1]
+SAFE, SAFE_INDEX, PICKLE, _, HALF = DIFFUSERS_FILES[1]
 SHARDS = ("weights-1-of-2.safetensors", "weights-2-of-2.safetensors")
 WEIGHT_MAP = {"a": SHARDS[0], "b": SHARDS[0], "c": SHARDS[1]}
 INDEX_JSON = json.dumps({"metadata": {}, "weight_map": WEIGHT_MAP})
@@ -35,6 +42,18 @@ REPOSITORIES = {  # repository -> commit -> file -> content
     "some/far-index": {
         NEW: {"config.json": "{}", SAFE_INDEX: '{"weight_map": {"a": "../../secret"}}'}
     },
+    "some/half-vae": {NEW: {"config.json": "{}", HALF: "half"}},
+    "some/half-clip": {NEW: {"config.json": "{}", "model.fp16.safetensors": "half"}},
+    "some/large-clip": {
+        NEW: {"config.json": "{}", "model.safetensors.index.json": INDEX_JSON}
+        | {shard: shard for shard in SHARDS}
+    },
+    "some/fast-tokenizer": {NEW: {"tokenizer_config.json": "{}", "tokenizer.json": "{}"}},
+    "some/slow-tokenizer": {
+        NEW: {"tokenizer_config.json": "{}", "vocab.json": "{}", "merges.txt": ""}
+        | {"special_tokens_map.json": "{}"}
+    },
+    "some/no-merges": {NEW: {"tokenizer_config.json": "{}", "vocab.json": "{}"}},
     "some/weightless": {NEW: {"config.json": "{}"}},
     "some/moving": {
         OLD: {"config.json": "old", SAFE: "old"},
@@ -157,6 +176,26 @@ def test_a_folder_has_its_config_and_the_first_weights_that_exist(hub, options):
     assert "huge.bin" not in {request[-1] for request in hub.requests}
     folder = fetch_folder("hf://some/old-vae/", **options)
     assert {path.name for path in folder.iterdir()} == {"config.json", PICKLE}
+
+
+@pytest.mark.parametrize(
+    ("repository", "names"),
+    [
+        ("half-vae", DIFFUSERS_FILES),
+        ("half-clip", TRANSFORMERS_FILES),
+        ("large-clip", TRANSFORMERS_FILES),
+        ("fast-tokenizer", TOKENIZER_FILES),
+        ("slow-tokenizer", TOKENIZER_FILES),
+    ],
+)
+def test_a_part_of_a_pipeline_is_had_in_every_form_that_can_be_read(options, repository, names):
+    folder = fetch_folder(f"hf://some/{repository}", names, **options)
+    assert {path.name for path in folder.iterdir()} == set(REPOSITORIES[f"some/{repository}"][NEW])
+
+
+def test_a_vocabulary_without_its_merges_is_refused(options):
+    with pytest.raises(InputError, match=r"some/no-merges@.* has no file merges\.txt"):
+        fetch_folder("hf://some/no-merges", TOKENIZER_FILES, **options)
 
 
 def test_a_folder_inside_a_repository_has_the_shards_of_its_weights(options):

@@ -11,7 +11,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from flowturbo_jax import clip_architecture, convert, hub, model_directory, unet_architecture
+from flowturbo_jax import (
+    clip_architecture,
+    convert,
+    hub,
+    model_directory,
+    tokenizer_files,
+    unet_architecture,
+)
 from flowturbo_jax.interfaces import InputError, Params
 from flowturbo_jax.model_description import Description
 from flowturbo_jax.models import CLIPText, UNetConfig
@@ -31,12 +38,16 @@ from flowturbo_jax.weights import open_folder
 from flowturbo_jax.weights.json_file import read_json
 
 INDEX = "model_index.json"
-TOKENIZER_FILES = ("vocab.json", "merges.txt", "tokenizer_config.json", "special_tokens_map.json")
-TEXT_ENCODER_FILES = ("config.json", ("model.safetensors", "pytorch_model.bin"))
+TOKENIZER_FILES = (  # as `tokenizer_files` reads them
+    tokenizer_files.CONFIG,
+    (tokenizer_files.TOKENIZER, (tokenizer_files.VOCABULARY, tokenizer_files.MERGES)),
+    (tokenizer_files.SPECIAL, ()),
+    (tokenizer_files.ADDED, ()),
+)
 PARTS: dict[str, Any] = {  # of a pipeline on the hub
     "unet": hub.DIFFUSERS_FILES,
     "vae": hub.DIFFUSERS_FILES,
-    "text_encoder": TEXT_ENCODER_FILES,
+    "text_encoder": hub.TRANSFORMERS_FILES,
     "tokenizer": TOKENIZER_FILES,
 }
 CLASSES = {  # what each part of a pipeline has to be

@@ -21,15 +21,23 @@ from flowturbo_jax.weights.torch_file import open_torch_file
 PARTS = {"ema": ("ema", "model", "state_dict"), "model": ("model", "state_dict")}
 # What DistributedDataParallel and torch.compile put before names; the latter also inside.
 WRAPPERS = re.compile(r"^(?:(?:module|_orig_mod)\.)+|(?<=\.)(?:_orig_mod\.)+")
-FOLDER_FILES = (  # full precision before half, then the safer and faster format first
+# Full precision before half, then the safer and faster format first: diffusers' names, and
+# transformers'.
+DIFFUSERS_WEIGHTS = (
     "diffusion_pytorch_model.safetensors",
     "diffusion_pytorch_model.safetensors.index.json",
     "diffusion_pytorch_model.bin",
     "diffusion_pytorch_model.bin.index.json",
     "diffusion_pytorch_model.fp16.safetensors",
-    "model.safetensors",
-    "pytorch_model.bin",
 )
+TRANSFORMERS_WEIGHTS = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+    "model.fp16.safetensors",
+)
+FOLDER_FILES = (*DIFFUSERS_WEIGHTS, *TRANSFORMERS_WEIGHTS)
 # Several tensors may share a storage, and one tensor may have several names. Weights in half
 # precision, half of which are tied, take 4 times their file as float32; a tiny file may share more.
 MAX_SHARING = 4  # bytes of all tensors as float32 or wider, per byte of the file
