@@ -40,7 +40,7 @@ TokenRows = Int32[np.ndarray, "texts length"]
 class Tokenizer:
     """Texts to ids `[N, length]`: start, what the text says, end, and padding.
 
-    It only reads itself, so that threads may share it.
+    Threads may share it: it changes nothing of itself but which texts it has warned of.
 
     Attributes:
       length: ids of every text, start and end included.
@@ -90,6 +90,7 @@ class Tokenizer:
         self.start_token, self.end_token, self.pad_token = (
             self._vocabulary[token] for token in self._roles[:3]
         )
+        self._warned_of: set[int] = set()  # hashes of texts that were cut
         self._encoder = _encoder(self._vocabulary, self._merges, self._roles, self._added)
 
     @classmethod
@@ -149,6 +150,8 @@ class Tokenizer:
     def __call__(self, texts: Sequence[str]) -> TokenRows:
         """The ids of texts; one that is too long is cut, with a warning that shows what was cut.
 
+        The same text is warned of once, however often it is asked for, as in training.
+
         Args:
           texts: N texts, of any characters.
 
@@ -162,7 +165,8 @@ class Tokenizer:
         room = self.length - 2
         for row, text, encoding in zip(rows, texts, self._encoded(texts), strict=True):
             ids = encoding.ids
-            if len(ids) > room:
+            if len(ids) > room and hash(text) not in self._warned_of:
+                self._warned_of.add(hash(text))
                 rest = text[encoding.offsets[room][0] :]
                 logging.warning(
                     "a text of %d tokens is cut to the %d that the text encoder takes, start and "

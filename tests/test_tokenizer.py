@@ -34,6 +34,11 @@ def examples() -> list[dict]:
 
 @cache
 def small(length: int = 8) -> Tokenizer:
+    return unused(length)
+
+
+def unused(length: int) -> Tokenizer:
+    """The same, which has not warned of any text."""
     return Tokenizer.learn(CAPTIONS, 560, length)
 
 
@@ -181,7 +186,7 @@ def warnings_of(tokenizer: Tokenizer, texts: list[str], caplog) -> list[str]:
 def test_a_text_that_is_too_long_is_cut_with_one_warning(caplog):
     fits, long = "a red circle", "a red circle above a blue square"
     assert list(small().lengths([fits, long])) == [5, 9]
-    messages = warnings_of(small(8), [fits, long], caplog)
+    messages = warnings_of(unused(8), [fits, long], caplog)
     assert messages == [
         "a text of 9 tokens is cut to the 8 that the text encoder takes, start and end included; "
         "left out: 'square'"
@@ -191,9 +196,18 @@ def test_a_text_that_is_too_long_is_cut_with_one_warning(caplog):
     assert ids[7] == small().end_token
 
 
+def test_a_text_that_is_cut_again_and_again_is_warned_of_once(caplog):
+    tokenizer = unused(8)
+    long, other = "a red circle above a blue square", "a blue circle above a red square"
+    assert len(warnings_of(tokenizer, [long, long], caplog)) == 1
+    assert warnings_of(tokenizer, [long], caplog) == []
+    assert len(warnings_of(tokenizer, [long, other], caplog)) == 1
+    np.testing.assert_array_equal(tokenizer([long]), small(8)([long]))
+
+
 def test_what_is_left_out_is_shown_on_one_line_and_not_too_long(caplog):
     tail = "\n\x1b[31mCafé 猫 " + "word " * 500
-    (message,) = warnings_of(small(8), ["a red circle above a red" + tail], caplog)
+    (message,) = warnings_of(unused(8), ["a red circle above a red" + tail], caplog)
     assert message.isprintable()
     assert r"left out: '\x1b[31mCafé 猫 word word" in message
     assert message.endswith("...'")
