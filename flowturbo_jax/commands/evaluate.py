@@ -76,10 +76,7 @@ def _parser() -> LineParser:
     add("--negative-prompt", help="for models of texts: what guidance leads all images away from")
     add("--image-size", help="for models of texts: HEIGHTxWIDTH or one number; the model's own")
     add("--features", help="pixels, digits or inception:FILE; pixels for the digits' size")
-    add(
-        "--reference",
-        help="digits, FILE.npz, images:DIR, captions:DIR, tfds:NAME, mixture:DIR, ...",
-    )
+    add("--reference", help="digits, FILE.npz, images:DIR, captions:DIR, tfds:NAME, mixture:DIR")
     add("--neighbours", type=int, default=3, help="of precision and recall (3)")
     add("--guidance", help="paired, official or none; the model's default")
     add("--guidance-scale", type=float, help="the model's default")
