@@ -1,5 +1,7 @@
 """The space a search starts from, and what it tries beside a plan."""
 
+import dataclasses
+
 import pytest
 
 from flowturbo_jax.interfaces import InputError
@@ -15,13 +17,22 @@ def plan(text: str, mode: str = "paired") -> Plan:
 
 
 def test_the_start_is_every_count_within_the_limits_once():
-    start = SPACE.start(1.5)
+    start = dataclasses.replace(SPACE, adams=()).start(1.5)
     texts = [str(one.schedule) for one in start]
     assert len(texts) == len(set(texts)) == 27
     assert {"H1", "H3", "H1P4R2", "H2P2R1"} <= set(texts)
     assert max(one.schedule.predictor_evaluations for one in start) == 6
     assert max(one.schedule.refiner_evaluations for one in start) == 4
     assert {one.guidance for one in start} == {"paired"}
+
+
+def test_the_start_has_adams_bashforth_alone_and_after_an_h():
+    without = {str(one.schedule) for one in dataclasses.replace(SPACE, adams=()).start(1.5)}
+    added = {str(one.schedule) for one in SPACE.start(1.5)} - without
+    assert added == {
+        *(f"A{order}x{steps}" for order in (2, 3) for steps in range(2, 7)),
+        *(f"H1A{order}x{steps}" for order in (2, 3) for steps in range(1, 5)),
+    }
 
 
 def test_a_leading_p_is_left_out_because_it_is_a_heun_step():
@@ -31,13 +42,14 @@ def test_a_leading_p_is_left_out_because_it_is_a_heun_step():
 def test_beside_a_plan_is_each_thing_changed_alone():
     beside = list(SPACE.beside(plan("H1P2R1")))
     texts = {str(one.schedule) for one in beside}
+    assert {"H1P2R1@cosine", "H1P2R1@sigmoid"} <= texts
     assert {"H1P2R1@0.5", "H1P2R1@2", "H1P2Rc1", "P2H1R1", "H1R1P2"} <= texts
     assert not any(text.startswith("R") for text in texts)
     assert {one.guidance for one in beside} == {"paired", "official"}
     assert {one.interval for one in beside} == {None, (0, 0.8), (0.1, 1), (0.2, 1)}
     for one in beside:
         changed = [
-            one.schedule.shift != 1,
+            one.schedule.shift != 1 or one.schedule.spacing != "shifted",
             [run.steps for run in one.schedule.runs] != [1, 2, 1]
             or [run.block for run in one.schedule.runs] != ["H", "P", "R"],
             one.guidance != "paired",
@@ -57,7 +69,14 @@ def test_other_orders_stay_within_the_limit():
 
 
 def test_what_is_switched_off_is_not_tried():
-    small = Space(modes=("none",), shifts=(), intervals=(), orders=False, refiner_rules=("R",))
+    small = Space(
+        modes=("none",),
+        shifts=(),
+        spacings=(),
+        intervals=(),
+        orders=False,
+        refiner_rules=("R",),
+    )
     beside = {str(one.schedule) for one in small.beside(plan("H1P2R1", "none")._replace(scale=1.0))}
     assert beside == {"H1P2R1"}
 
