@@ -19,7 +19,7 @@ import numpy as np
 
 from flowturbo_jax import ClassToImage, model_directory, path
 from flowturbo_jax.interfaces import InputError
-from flowturbo_jax.pipelines import conversion
+from flowturbo_jax.pipelines import exporting
 from flowturbo_jax.pipelines.plan import resolve
 from flowturbo_jax.pipelines.random_model import random_model
 
@@ -65,7 +65,7 @@ class JaxSide:
         configs = {name: dataclasses.asdict(description.networks[name]) for name in names}
         files = {name: str(self._folder / f"{name}.safetensors") for name in names}
         for name in names:
-            conversion.export(self._directory, name, files[name])
+            exporting.export(self._directory, name, files[name])
         model = {"refiner": None, "vae": None, **configs, "files": files}
         found = self._pipe("float32").model.fingerprints
         return {

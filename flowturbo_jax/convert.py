@@ -43,6 +43,16 @@ OLD_ATTENTION = {  # diffusers modeling_utils.py, _convert_deprecated_attention_
 }
 
 
+def kind_of(network: str, family: str) -> str:
+    """Whose names and layouts a network's tensors have.
+
+    Args:
+      network: "predictor", "refiner", "vae" or "text_encoder".
+      family: the model's, which is its predictor's and refiner's.
+    """
+    return {"vae": "vae", "text_encoder": "clip"}.get(network, family)
+
+
 def with_known_names(
     kind: str, state: StateDict
 ) -> tuple[dict[str, np.ndarray | Tensor], list[str]]:

@@ -105,6 +105,25 @@ def unet_config(given: Mapping[str, Any], *, refiner: bool) -> UNetConfig:
     )
 
 
+def diffusers_config(config: UNetConfig) -> dict[str, Any]:
+    """What diffusers' config.json says of these hyper-parameters; `unet_config` reads it back."""
+    height, width = config.sample_size
+    seen = config.cross_attention
+    down, up = ({sees: name for name, sees in known.items()} for known in (DOWN_BLOCKS, UP_BLOCKS))
+    return {
+        "_class_name": CLASS,
+        "sample_size": height if height == width else [height, width],
+        "in_channels": config.in_channels * config.in_channels_scale,
+        "out_channels": config.in_channels,
+        "block_out_channels": list(config.block_out_channels),
+        "down_block_types": [down[sees] for sees in seen],
+        "up_block_types": [up[sees] for sees in reversed(seen)],
+        "attention_head_dim": list(config.attention_heads),  # their number; see `_heads`
+        "use_linear_projection": config.linear_projection,
+        **{key: getattr(config, ours) for key, (ours, _) in NUMBERS.items()},
+    }
+
+
 def _check_fixed(given: Mapping[str, Any]) -> None:
     for key, known in FIXED.items():
         value = given.get(key, known[0])

@@ -16,7 +16,7 @@ from safetensors.numpy import load_file, save_file
 from flowturbo_jax import ClassToImage, convert, model_directory, path
 from flowturbo_jax.interfaces import InputError
 from flowturbo_jax.models import SiT
-from flowturbo_jax.pipelines import conversion, programs
+from flowturbo_jax.pipelines import conversion, exporting, programs
 from flowturbo_jax.pipelines.conversion import Sources, convert_model
 
 
@@ -106,13 +106,13 @@ def test_encoding_gives_scaled_latents_of_the_mode_or_of_a_draw(pipe):
 def test_exported_files_hold_the_published_bits(converted, tmp_path):
     for network, file in (("predictor", "sit/sit"), ("refiner", "refiner/refiner")):
         out = tmp_path / "new" / f"{network}.safetensors"
-        conversion.export(converted, network, out)
+        exporting.export(converted, network, out)
         ours, theirs = load_file(out), golden.weights(file)
         assert set(ours) == set(theirs)
         for name, array in theirs.items():
             assert array.dtype == ours[name].dtype
             np.testing.assert_array_equal(ours[name], array, err_msg=name)
-    conversion.export(converted, "vae", tmp_path / "vae.safetensors")
+    exporting.export(converted, "vae", tmp_path / "vae.safetensors")
     state, _ = convert.with_known_names("vae", load_file(tmp_path / "vae.safetensors"))
     assert set(state) == set(load_file(FILES / "vae/tiny/diffusion_pytorch_model.safetensors"))
 

@@ -13,7 +13,7 @@ from safetensors.numpy import load_file, save_file
 from flowturbo_jax import convert, model_directory
 from flowturbo_jax.interfaces import InputError
 from flowturbo_jax.models import SiT, SiTConfig
-from flowturbo_jax.pipelines import conversion, velocity_check
+from flowturbo_jax.pipelines import conversion, exporting, velocity_check
 from flowturbo_jax.pipelines.conversion import Sources, convert_model
 
 
@@ -202,16 +202,16 @@ def test_a_directory_that_stands_is_replaced_only_when_asked(tmp_path):
 def test_an_export_that_cannot_be_is_refused(tmp_path, arguments, message):
     given = {"network": "refiner", "out": "weights.safetensors", **arguments}
     with pytest.raises(InputError, match=message):
-        conversion.export("digits", given["network"], tmp_path / given["out"])
+        exporting.export("digits", given["network"], tmp_path / given["out"])
 
 
 def test_an_export_replaces_a_file_only_when_asked(tmp_path):
     out = tmp_path / "refiner.safetensors"
     out.write_text("mine")
     with pytest.raises(InputError, match="--force"):
-        conversion.export("digits", "refiner", out)
+        exporting.export("digits", "refiner", out)
     assert out.read_text() == "mine"
-    conversion.export("digits", "refiner", out, force=True)
+    exporting.export("digits", "refiner", out, force=True)
     state = load_file(out)
     refiner = model_directory.load("digits")
     back = convert.params_from_state("sit", refiner.description.refiner, state)

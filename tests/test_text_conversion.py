@@ -19,6 +19,8 @@ from flowturbo_jax.commands import entry
 from flowturbo_jax.convert import official_shapes
 from flowturbo_jax.interfaces import InputError
 from flowturbo_jax.pipelines import text_conversion, velocity_check
+from flowturbo_jax.unet_architecture import unet_config
+from flowturbo_jax.weights import open_folder
 
 PIPELINE = golden.FOLDER / "instaflow" / "pipeline"
 REFINER = golden.FOLDER / "unet" / "unet_8ch"
@@ -69,6 +71,36 @@ def test_a_converted_pipeline_makes_a_picture_as_the_command_says(tmp_path, monk
     hint = hint.replace("configs/", f"{ROOT}/configs/").replace("...", "a photo of a cat")
     assert run(sample_script.main, *shlex.split(hint), "--config.schedule=E1") == 0
     assert Path("outputs/rectified_flow_t2i_0.png").is_file()
+
+
+def test_a_networks_folder_is_exported_as_it_was(tmp_path, capsys):
+    given = [f"--pipeline={PIPELINE}", f"--refiner={REFINER}", "--skip-direction-check"]
+    assert run(package_main, "convert", *given, f"--out={tmp_path / 'model'}") == 0
+    export = ["convert", f"--export={tmp_path / 'model'}", "--network=refiner"]
+    folder = tmp_path / "new" / "refiner"
+    assert run(package_main, *export, f"--out={folder}") == 0
+    assert sorted(file.name for file in folder.iterdir()) == sorted(
+        file.name for file in REFINER.iterdir() if file.suffix in (".json", ".safetensors")
+    )
+    name = "diffusion_pytorch_model.safetensors"
+    ours, theirs = load_file(folder / name), load_file(REFINER / name)
+    assert ours.keys() == theirs.keys()
+    for key, array in theirs.items():
+        np.testing.assert_array_equal(ours[key], array, err_msg=key)
+    described = model_directory.describe(tmp_path / "model").refiner
+    assert unet_config(open_folder(folder)[0], refiner=True) == described
+
+    capsys.readouterr()
+    assert run(package_main, *export, f"--out={folder}") == 2
+    assert "--force" in capsys.readouterr().err
+    (folder / "mine.txt").write_text("mine")
+    assert run(package_main, *export, f"--out={folder}", "--force") == 2
+    assert "other files" in capsys.readouterr().err
+    (folder / "mine.txt").unlink()
+    (folder / name).write_bytes(b"")
+    assert run(package_main, *export, f"--out={folder}", "--force") == 0
+    assert load_file(folder / name).keys() == theirs.keys()
+    assert sorted(file.name for file in folder.parent.iterdir()) == ["refiner"]
 
 
 def test_weights_that_predict_noise_are_refused(tmp_path, monkeypatch, capsys):

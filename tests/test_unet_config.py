@@ -255,3 +255,18 @@ def test_a_refiner_takes_twice_the_channels_it_gives():
         unet_architecture.unet_config(given, refiner=False)
     with pytest.raises(InputError, match="a refiner takes twice as many as it gives"):
         unet_architecture.unet_config(PUBLISHED, refiner=True)
+
+
+@pytest.mark.parametrize("config", [SD1, SD2, SD1.refiner(), UNetConfig((32, 48))])
+def test_diffusers_config_is_read_back(config):
+    written = json.loads(json.dumps(unet_architecture.diffusers_config(config)))
+    refiner = config.in_channels_scale == 2
+    assert unet_architecture.unet_config(written, refiner=refiner) == config
+
+
+def test_diffusers_config_says_what_the_published_one_says():
+    written = unet_architecture.diffusers_config(SD1)
+    per_level = {"attention_head_dim": [PUBLISHED["attention_head_dim"]] * 4}
+    for key, value in (PUBLISHED | per_level).items():
+        if key in written:
+            assert written[key] == value, key

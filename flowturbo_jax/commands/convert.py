@@ -21,7 +21,7 @@ from flowturbo_jax.commands.entry import LineParser
 from flowturbo_jax.guidance import MODES
 from flowturbo_jax.interfaces import InputError
 from flowturbo_jax.model_description import Description
-from flowturbo_jax.pipelines import conversion, costs, text_conversion
+from flowturbo_jax.pipelines import conversion, costs, exporting, text_conversion
 
 
 def main(argv: Sequence[str]) -> None:
@@ -42,7 +42,7 @@ def main(argv: Sequence[str]) -> None:
     if not args.out:
         raise InputError("--out is missing; it says where to write")
     if jobs[0] == "export":
-        state = conversion.export(args.export, args.network, args.out, args.force)
+        state = exporting.export(args.export, args.network, args.out, args.force)
         print(f"wrote {args.out}: {len(state)} tensors under their official names")
         network = model_directory.describe(args.export).networks[args.network]
         if getattr(network, "reversed_time", False):
@@ -118,7 +118,9 @@ def _parser() -> LineParser:
     parser.add_argument("--describe", metavar="DIR", help="print what a model directory costs")
     parser.add_argument("--export", metavar="DIR", help="write one network under official names")
     parser.add_argument("--network", help="which: predictor, refiner, vae or text_encoder")
-    parser.add_argument("--out", help="model directory, or the .safetensors file of --export")
+    parser.add_argument(
+        "--out", help="model directory, or the .safetensors file (or U-Net's folder) of --export"
+    )
     parser.add_argument("--force", action="store_true", help="replace what stands at --out")
     return parser
 

@@ -1,15 +1,11 @@
-"""From published files to a model directory and back: read, check, name, write."""
+"""From published files to a model directory: read, check, name, write."""
 
-import contextlib
 import dataclasses
-import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from safetensors import SafetensorError
-from safetensors.numpy import save_file
 
 from flowturbo_jax import architecture, class_names, convert, hub, model_directory
 from flowturbo_jax.interfaces import InputError, Params
@@ -22,7 +18,6 @@ from flowturbo_jax.weights.tensor import Tensor
 
 OFFICIAL_CHANNELS = 3  # FlowTurbo models_assemble.py, forward_with_cfg: of 4 latent channels
 PAPER_SCALE = 1.5  # the FID tables
-KINDS = {"vae": "vae", "text_encoder": "clip"}  # of networks that are not of the model's family
 STABLE_DIFFUSION_FACTOR = 8  # image pixels per latent pixel, where no VAE says otherwise
 
 
@@ -122,7 +117,7 @@ def params_of(name: str, family: str, network: Read) -> Params:
     Raises:
       InputError: tensors are missing, extra, misshapen or not finite.
     """
-    kind = KINDS.get(name, family)
+    kind = convert.kind_of(name, family)
     try:
         return convert.params_from_state(kind, network.config, network.state, np.float32)
     except InputError as error:
@@ -144,56 +139,6 @@ def load_vae(reference: str, report: Callable[[str], Any] = str) -> tuple[VAECon
     """
     network = read_vae(Sources(predictor="", vae=reference), report)
     return network.config, params_of("vae", "", network)
-
-
-def export(
-    model_dir: str | Path, network: str, out: str | Path, force: bool = False
-) -> dict[str, np.ndarray]:
-    """Writes one network of a model directory as safetensors, under the official names.
-
-    Args:
-      model_dir: model directory, or the name of a shipped model.
-      network: "predictor", "refiner", "vae" or "text_encoder".
-      out: the file, ending in .safetensors; parents are made.
-      force: replace a file that stands there.
-
-    Returns:
-      The state dict written.
-
-    Raises:
-      InputError: there is no such network, or `out` is taken or cannot be written.
-    """
-    out, model = Path(out), model_directory.load(model_dir)
-    if network not in ("predictor", "refiner", "vae", "text_encoder"):
-        raise InputError(
-            f"network is {network!r}; it must be predictor, refiner, vae or text_encoder"
-        )
-    config = model.description.networks.get(network)
-    if config is None:
-        known = ", ".join(model.description.networks)
-        raise InputError(f"{model_dir} has no {network}; it has {known}")
-    if out.suffix != ".safetensors":
-        raise InputError(f"--out is {out.name!r}; an exported file ends in .safetensors")
-    try:
-        taken = out.exists()
-    except OSError as error:
-        raise InputError(f"cannot write {out}: {error.strerror}; choose another --out") from error
-    if taken and not force:
-        raise InputError(f"{out} exists; choose another --out, or replace it with --force")
-    kind = KINDS.get(network, model.description.family)
-    state = convert.state_from_params(kind, config, getattr(model, f"{network}_params"))
-    draft = out.with_name(f".{out.name}.{os.getpid()}.tmp")
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        save_file(state, draft, metadata={"format": "pt"})
-        draft.chmod(0o644)  # the library makes it private
-        os.replace(draft, out)
-    except (OSError, SafetensorError) as error:
-        raise InputError(f"cannot write {out}: {error}; choose another --out") from error
-    finally:
-        with contextlib.suppress(OSError):
-            draft.unlink(missing_ok=True)
-    return state
 
 
 def _read_all(sources: Sources, report: Callable[[str], Any]) -> dict[str, Read]:
