@@ -162,7 +162,7 @@ def test_without_a_way_only_the_end_counts(mixture, solved):
     parameters = start(Schedule.parse("S3"))
     for one, differs in ((search, False), (with_way, True)):
         losses = [
-            float(jax.jit(one._loss)(parameters, one.frozen, some)) for some in (examples, far)
+            float(jax.jit(one.loss)(parameters, one.frozen, some)) for some in (examples, far)
         ]
         assert (losses[0] != losses[1]) == differs
 
@@ -172,7 +172,7 @@ def test_recomputing_changes_memory_not_gradients(refined, tmp_path):
     for remat in ("none", "evaluations", "blocks"):
         search = searching(refined, tmp_path, "S2R1", remat=remat)
         examples = search.held_out()
-        gradients = jax.jit(jax.grad(search._loss))(
+        gradients = jax.jit(jax.grad(search.loss))(
             start(Schedule.parse("S2R1")), search.frozen, examples
         )
         found.append(jnp.concatenate([leaf.reshape(-1) for leaf in gradients]))
@@ -209,7 +209,7 @@ def test_another_scale_is_searched_by_the_same_programs(mixture, solved, tmp_pat
     listen = jax.monitoring.register_event_duration_secs_listener
     listen(lambda name, *_, **__: count.append(name) if "backend_compile" in name else None)
     shared = first.at(plan, lambda *_: None)
-    data = shared._data()
+    data = shared.data()
     del count[:]
     moving = shared.step(shared.begin(), data[0].rows(np.arange(16)))
     assert not [name for name in count if "backend_compile" in name]

@@ -71,7 +71,7 @@ class SolverSearch:
         )
         self.seconds = 0.0
         self._step = parallel.data_parallel(self._make_step, donate=False)
-        self._errors = parallel.map_batch(self._squared_errors)
+        self._errors = parallel.map_batch(self.squared_errors)
         self._kept = KeptResults(self._work, "search", self._identity())
 
     def at(self, plan: Plan, on_progress: Callable[[str, int, int], Any]) -> "SolverSearch":
@@ -95,7 +95,7 @@ class SolverSearch:
             written to.
           KeyboardInterrupt: SIGINT or SIGTERM asked to stop; a later call goes on from there.
         """
-        seen, held_out, others = self._data()
+        seen, held_out, others = self.data()
         state = self._restored() or self._begin(held_out)
         search, ended = self._search, "steps"
         with stopping.requests() as stop:
@@ -139,6 +139,35 @@ class SolverSearch:
         alone = jax.jit(partial(self._make_step, mean=lambda tree: tree))
         return alone.lower(moving, self.frozen, batch).compile()
 
+    def loss(self, parameters: Parameters, frozen: Any, batch: Examples) -> Float[Array, ""]:
+        """Relative square distance from the fine solution, at the end and on the way.
+
+        Args:
+          parameters: what the optimiser moves.
+          frozen: as the attribute, without its axis of devices.
+          batch: noises, and where they lead.
+        """
+        search = self._search
+        solver = solver_of(search.schedule, parameters)
+        end, states = self._sampled(solver, frozen, batch, lambda state: state.x)
+        loss = _relative(*self._compared(end, batch.way[:, -1], frozen))
+        if search.trajectory_weight:
+            each = jax.vmap(lambda x, t: _relative(x, on_the_way(batch.way, batch.noise, t)))
+            loss += search.trajectory_weight * each(states, solver.times[1:]).mean()
+        return loss
+
+    def squared_errors(self, frozen: Any, batch: Examples) -> Float[Array, " batch"]:
+        """Mean square distance of each sample's end from the fine solution's.
+
+        Args:
+          frozen: as of `loss`, and a solver.
+          batch: noises, and where they lead.
+        """
+        frozen, solver = frozen
+        end, _ = self._sampled(solver, frozen, batch)
+        end, exact = self._compared(end, batch.way[:, -1], frozen)
+        return jnp.mean((end - exact) ** 2, axis=tuple(range(1, end.ndim)))
+
     def rmse(self, solver: Solver, held_out: Examples) -> float:
         """Root mean square distance of a solver's latents from the fine solution.
 
@@ -155,20 +184,21 @@ class SolverSearch:
             sums += float(np.asarray(found, np.float64)[: count - first].sum())
         return float(np.sqrt(sums / count))
 
-    def held_out(self, labels: np.ndarray | None = None) -> Examples:
-        """The noises that the search does not see, under some labels (those of the search)."""
-        search, classes = self._search, self._classes()
-        labels = self._labels(classes) if labels is None else labels
-        first = search.noises
-        return self._examples(first, search.held_out, labels, "fine solution, held out")
-
-    def _data(self) -> tuple[Examples, Examples, Examples | None]:
+    def data(self) -> tuple[Examples, Examples, Examples | None]:
+        """What is learnt from, what the error is held out on, and that of labels left out."""
         search, classes = self._search, self._classes()
         labels = self._labels(classes)
         seen = self._examples(0, search.noises, labels, "fine solution")
         unseen = np.setdiff1d(np.arange(classes), labels)
         others = self.held_out(unseen) if len(unseen) else None
         return seen, self.held_out(), others
+
+    def held_out(self, labels: np.ndarray | None = None) -> Examples:
+        """The noises that the search does not see, under some labels (those of the search)."""
+        search, classes = self._search, self._classes()
+        labels = self._labels(classes) if labels is None else labels
+        first = search.noises
+        return self._examples(first, search.held_out, labels, "fine solution, held out")
 
     def _classes(self) -> int:
         return max(self._pipe.model.description.predictor.num_classes, 1)
@@ -261,22 +291,12 @@ class SolverSearch:
 
     def _make_step(self, moving: Any, frozen: Any, batch: Examples, mean: parallel.Mean) -> Any:
         parameters, optimizer_state = moving
-        gradients = mean(jax.grad(self._loss)(parameters, frozen, batch))
+        gradients = mean(jax.grad(self.loss)(parameters, frozen, batch))
         with jax.numpy_dtype_promotion("standard"):  # optax multiplies integers and floats
             updates, optimizer_state = self._optimizer.update(
                 gradients, optimizer_state, parameters
             )
             return optax.apply_updates(parameters, updates), optimizer_state
-
-    def _loss(self, parameters: Parameters, frozen: Any, batch: Examples) -> Float[Array, ""]:
-        search = self._search
-        solver = solver_of(search.schedule, parameters)
-        end, states = self._sampled(solver, frozen, batch, lambda state: state.x)
-        loss = _relative(*self._compared(end, batch.way[:, -1], frozen))
-        if search.trajectory_weight:
-            each = jax.vmap(lambda x, t: _relative(x, on_the_way(batch.way, batch.noise, t)))
-            loss += search.trajectory_weight * each(states, solver.times[1:]).mean()
-        return loss
 
     def _sampled(self, solver: Solver, frozen: Any, batch: Examples, observe: Any = None) -> Any:
         params, _, scale, interval = frozen
@@ -297,12 +317,6 @@ class SolverSearch:
             flow, batch.noise, search.schedule, observe=observe, solver=solver
         )
         return state.x, states
-
-    def _squared_errors(self, frozen: Any, batch: Examples) -> Float[Array, " batch"]:
-        frozen, solver = frozen
-        end, _ = self._sampled(solver, frozen, batch)
-        end, exact = self._compared(end, batch.way[:, -1], frozen)
-        return jnp.mean((end - exact) ** 2, axis=tuple(range(1, end.ndim)))
 
     def _compared(self, end: Latents, exact: Latents, frozen: Any) -> tuple[jax.Array, jax.Array]:
         """Two ends as the loss compares them: latents, or the pixels of those."""

@@ -121,3 +121,15 @@ def solver_of(schedule: Schedule, parameters: Parameters) -> Solver:
     older = (lag > 0) & (lag <= np.arange(steps)[:, None])
     weights = jnp.where(older, parameters.weights, 0)
     return Solver(times, weights.at[:, -1].set(1 - weights.sum(axis=1)))
+
+
+def parameters_of(solver: Solver) -> Parameters:
+    """What the optimiser is to begin with, to go on from a solver's numbers.
+
+    Args:
+      solver: times that rise from 0 to 1, and weights.
+    """
+    grid = jnp.log(jnp.diff(jnp.asarray(solver.times)))
+    steps = len(solver.times) - 1
+    weights = jnp.zeros((steps, 1)) if solver.weights is None else jnp.asarray(solver.weights)
+    return Parameters(grid, weights)
