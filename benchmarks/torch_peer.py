@@ -3,7 +3,8 @@
 The parameter names are the official ones, so that what `convert --export` writes loads strictly.
 What the library does to be fast is done here too: the conditioning of all steps is computed before
 the first one, both branches of guidance are one batch, weights lie in the dtype of the products.
-Latents are `[B, C, H, W]`, as PyTorch's convolutions want them.
+Latents are `[B, C, H, W]`, as PyTorch's convolutions want them. The same sampler over diffusers'
+U-Net is in unet_peer.py.
 
 Source: SiT models.py; FlowTurbo models_assemble.py; PAPER of the sampler: arXiv 2409.18128.
 """
@@ -167,7 +168,7 @@ class SiT(nn.Module):
         return out[:, : self.channels].float()
 
 
-Conditions = tuple[Condition, Condition | None]  # of the predictor and of the refiner, at a time
+Conditions = tuple[Any, Any]  # what predictor and refiner take at a time; None without a refiner
 
 
 class Guided(nn.Module):
@@ -177,15 +178,20 @@ class Guided(nn.Module):
     one first, or without guidance one branch's, `[1, B, C, H, W]`.
 
     Args:
-      predictor: the big network.
-      refiner: the small one, or None.
+      predictor: the big network, `(x, condition) -> velocity`.
+      refiner: the small one, over x and velocity side by side, or None.
       mode: "official", "paired" or "none", as in the library's guidance.py.
       scale: of guidance.
       channels: how many channels the official mode guides; None for all.
     """
 
     def __init__(
-        self, predictor: SiT, refiner: SiT | None, mode: str, scale: float, channels: int | None
+        self,
+        predictor: nn.Module,
+        refiner: nn.Module | None,
+        mode: str,
+        scale: float,
+        channels: int | None,
     ):
         super().__init__()
         self.predictor, self.refiner = predictor, refiner
@@ -279,7 +285,7 @@ class Peer:
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
         self._model, self._compile_mode = model, compile_mode
         self._device, self._dtype = torch.device(device), getattr(torch, dtype)
-        self._networks = self._sit("predictor"), self._sit("refiner")
+        self._networks = self._network("predictor"), self._network("refiner")
         self._vae = None if model["vae"] is None else self._autoencoder()
         self._ready: tuple[Any, Any] = (None, None)
 
@@ -297,12 +303,8 @@ class Peer:
     def _sample(self, noise: np.ndarray, labels: np.ndarray, plan: Plan) -> Tensor:
         do = self._compiled(plan, len(labels))
         x = torch.tensor(noise, device=self._device).permute(0, 3, 1, 2).contiguous()
-        given = torch.tensor(labels, device=self._device)
-        if plan.mode != "none":
-            null = self._model["predictor"]["num_classes"]  # the table's last row
-            given = torch.cat([given, torch.full_like(given, null)])
         times = torch.tensor(plan.times, device=self._device)
-        at = _each(do["conditions"](times, given), len(times))
+        at = self._conditions(do, times, torch.tensor(labels, device=self._device), plan.mode)
         memory = None
         for i, (letter, dt) in enumerate(zip(plan.steps, times.diff(), strict=True)):
             if letter == "H" or memory is None:
@@ -310,6 +312,15 @@ class Peer:
             step = do["refine" if letter == "R" else "correct"]
             x, memory = step(x, memory, dt, at[i], at[i + 1])
         return x
+
+    def _conditions(
+        self, do: dict[str, Callable[..., Any]], times: Tensor, labels: Tensor, mode: str
+    ) -> list[Conditions]:
+        """What both networks take at each time, for all rows of a batch."""
+        if mode != "none":
+            null = self._model["predictor"]["num_classes"]  # the table's last row
+            labels = torch.cat([labels, torch.full_like(labels, null)])
+        return _each(do["conditions"](times, labels), len(times))
 
     def _compiled(self, plan: Plan, batch_size: int) -> dict[str, Callable[..., Any]]:
         """What sampling calls, by name; that of the latest guidance and batch size is kept."""
@@ -341,7 +352,7 @@ class Peer:
         tensors = load_file(self._model["files"][name]).items()
         return {key: tensor.to(self._device, self._dtype) for key, tensor in tensors}
 
-    def _sit(self, name: str) -> SiT | None:
+    def _network(self, name: str) -> nn.Module | None:
         if self._model[name] is None:
             return None
         with torch.device("meta"):  # its parameters are those of the file
@@ -365,7 +376,8 @@ class Peer:
     def _decode(self, latents: Tensor) -> Tensor:
         config = self._model["vae"]
         z = latents / config["scaling_factor"] + config["shift_factor"]
-        pixels = self._vae.decode(z.contiguous(memory_format=torch.channels_last)).sample
+        z = z.to(self._dtype, memory_format=torch.channels_last)
+        pixels = self._vae.decode(z).sample
         pixels = ((pixels.float() + 1) * 127.5).clamp(0, 255).round().to(torch.uint8)
         return pixels.permute(0, 2, 3, 1)
 

@@ -31,7 +31,7 @@ class Setting(NamedTuple):
     """What is the same for all that one command measures.
 
     Attributes:
-      model: what `JaxSide.open` says of it, for `torch_peer.Peer`.
+      model: what `JaxSide.open` says of it, for the PyTorch side.
       device: "cpu" or "cuda".
       dtype: of the matrix products, "float32" or "bfloat16".
       compile_mode: of torch.compile, or "none".
@@ -49,12 +49,12 @@ class Job(NamedTuple):
     """What is sampled.
 
     Attributes:
-      how: arguments of the library's `ClassToImage.sample_latents`.
+      how: arguments of the library's `sample_latents`.
       steps: a letter for each step.
       times: the flow times between which they go.
       guidance: mode and scale that `how` comes to.
       noise: `[B, H, W, C]` float32.
-      labels: `[B]` int32.
+      labels: `[B]` int32; of a model of texts their states, as `JaxSide.start` gives them.
     """
 
     how: dict[str, Any]
@@ -66,7 +66,7 @@ class Job(NamedTuple):
 
 
 def job(library: Asked, schedule: Schedule, batch_size: int, guidance: dict[str, Any]) -> Job:
-    """A job of images 0, 1, ... of seed 0, each of another class.
+    """A job of images 0, 1, ... of seed 0, each of another class or text.
 
     Raises:
       InputError: the model cannot be sampled so.
@@ -95,14 +95,12 @@ def measure(
     Raises:
       InputError: the two sides do not agree.
     """
-    from benchmarks.torch_peer import Peer
-
     exact = [{} for _ in jobs]
     if setting.dtype != "float32":
-        peer = Peer(setting.model, setting.device, "float32", "none")
+        peer = _peer(setting, "float32", "none")
         exact = [{"float32": agreement(library, peer, job, "float32", _plan(job))} for job in jobs]
         del peer
-    peer = Peer(setting.model, setting.device, setting.dtype, setting.compile_mode)
+    peer = _peer(setting, setting.dtype, setting.compile_mode)
     for job, found in zip(jobs, exact, strict=True):
         yield _measured(library, peer, setting, job, rounds, found)
 
@@ -152,6 +150,16 @@ def distance(ours: np.ndarray, theirs: np.ndarray) -> dict[str, float]:
         "max_abs": float(np.abs(difference).max()),
         "relative_l2": float(np.linalg.norm(difference) / np.linalg.norm(theirs)),
     }
+
+
+def _peer(setting: Setting, dtype: str, compile_mode: str) -> Any:
+    """The PyTorch side of a model's family."""
+    if setting.model["family"] == "unet":
+        from benchmarks.unet_peer import UNetPeer as Kind
+    else:
+        from benchmarks.torch_peer import Peer as Kind
+
+    return Kind(setting.model, setting.device, dtype, compile_mode)
 
 
 def _plan(job: Job) -> Any:
@@ -234,7 +242,8 @@ def card(setting: Setting) -> dict[str, Any]:
 
     gpu = setting.device == "cuda"
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    libraries = [*LIBRARIES, *(["diffusers"] if setting.decode else [])]
+    diffusers = setting.decode or setting.model["family"] == "unet"
+    libraries = [*LIBRARIES, *(["diffusers"] if diffusers else [])]
     return {
         "sampled": "images" if setting.decode else "latents",
         "dtype": setting.dtype,

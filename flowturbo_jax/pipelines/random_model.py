@@ -115,7 +115,11 @@ def random_model(
     Raises:
       InputError: as `describe`, or no such dtype.
     """
-    description = describe(size, image_size, vae, seed)
+    return filled(describe(size, image_size, vae, seed), dtype, seed)
+
+
+def filled(description: Description, dtype: str = "float32", seed: int = 0) -> Model:
+    """A model of any description, as `random_model` makes those of the published sizes."""
     loaded: dict[str, Any] = {}
     if description.takes_text:
         loaded["tokenizer"] = Tokenizer.learn(LEARNT, 1000, description.text_encoder.max_length)
