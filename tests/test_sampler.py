@@ -15,13 +15,6 @@ from flowturbo_jax.schedule import Schedule
 START = np.asarray([[0.3, 0.5], [0.8, -0.6]])
 
 
-@pytest.fixture
-def float64():
-    """For this test only: rounding far below the errors that are measured."""
-    with jax.enable_x64(True):
-        yield
-
-
 def velocity(x, t):
     return jnp.square(x) * jnp.cos(2 * t)
 
