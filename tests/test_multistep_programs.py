@@ -7,6 +7,7 @@ import pytest
 from jax.test_util import check_grads
 from multistep_by_hand import FLOW, ROUNDING, random_solver
 from test_sampler import START
+from traced_programs import equations
 
 from flowturbo_jax.sampler import sample
 from flowturbo_jax.schedule import Schedule
@@ -41,26 +42,16 @@ def test_the_solvers_numbers_can_be_differentiated(float64, text):
     assert np.abs(slopes.times[1:-1]).min() > 1e-4
 
 
-def equations(text, learnt=False):
-    """How many the traced program has, those of inner programs included."""
-
-    def count(jaxpr):
-        return len(jaxpr.eqns) + sum(
-            count(getattr(leaf, "jaxpr", leaf))
-            for eqn in jaxpr.eqns
-            for leaf in jax.tree.leaves(list(eqn.params.values()), is_leaf=_is_program)
-            if _is_program(leaf)
-        )
-
-    x, solver = jnp.asarray(START, jnp.float32), None
-    if learnt:
-        solver = random_solver(text, dtype=np.float32)
-    traced = jax.make_jaxpr(lambda x, solver: sample(FLOW, x, text, solver=solver))(x, solver)
-    return count(traced.jaxpr)
+def numbers_of(text):
+    """Numbers of a learnt schedule, None of another."""
+    return random_solver(text, dtype=np.float32) if Schedule.parse(text).learnt else None
 
 
-def _is_program(leaf):
-    return hasattr(leaf, "eqns") or hasattr(leaf, "jaxpr")
+def program_size(text):
+    def run(x, solver):
+        return sample(FLOW, x, text, solver=solver)
+
+    return len(equations(run, jnp.asarray(START, jnp.float32), numbers_of(text)))
 
 
 @pytest.mark.parametrize(
@@ -75,11 +66,9 @@ def _is_program(leaf):
     ],
 )
 def test_program_size_does_not_depend_on_the_number_of_steps(short, long):
-    learnt = Schedule.parse(short).learnt
-    assert equations(short, learnt) == equations(long, learnt) > 10
-    assert equations(short + "E1" if "@" not in short else "E1" + short, learnt) > equations(
-        short, learnt
-    )
+    assert program_size(short) == program_size(long) > 10
+    longer = short + "E1" if "@" not in short else "E1" + short
+    assert program_size(longer) > program_size(short)
 
 
 @pytest.fixture
@@ -113,8 +102,7 @@ def test_other_numbers_compile_nothing(compiled, text):
 def test_number_of_compilations_does_not_depend_on_the_steps(compiled, texts):
     x = jnp.asarray(START, jnp.float32)
     for text in texts:
-        learnt = Schedule.parse(text).learnt
-        solver = random_solver(text, dtype=np.float32) if learnt else None
+        solver = numbers_of(text)
         run = jax.jit(lambda x, solver, text=text: sample(FLOW, x, text, solver=solver))
         compiled.clear()
         run(x, solver)
