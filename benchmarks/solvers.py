@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import jax.numpy as jnp
 import numpy as np
 
-from flowturbo_jax import model_directory, solver_files
+from flowturbo_jax import markdown, model_directory, solver_files
 from flowturbo_jax.commands import entry
 from flowturbo_jax.commands.progress import bars
 from flowturbo_jax.interfaces import InputError
@@ -121,7 +121,7 @@ def _table(plans: Any, scales: Any, errors: Any, rows: dict[str, dict[str, list[
     heading = ["schedule", "evaluations", "+ refiner"]
     heading += ["Fréchet distance", "ms/image"] if rows else []
     heading += ["RMSE" if scale is None else f"RMSE at {scale:g}" for scale in scales]
-    lines = [heading, ["---"] * len(heading)]
+    lines = []
     for row, distances in zip(plans, errors, strict=True):
         schedule = row[0].schedule
         cells = [f"`{schedule}`", str(schedule.predictor_evaluations)]
@@ -131,7 +131,7 @@ def _table(plans: Any, scales: Any, errors: Any, rows: dict[str, dict[str, list[
             cells.append(f"{np.mean(scores['fréchet']):.3f} ± {np.std(scores['fréchet']):.3f}")
             cells.append(f"{np.mean(scores['ms']):.2f}")
         lines.append([*cells, *(f"{distance:.4f}" for distance in distances)])
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+    return markdown.table(heading, lines)
 
 
 if __name__ == "__main__":
