@@ -13,7 +13,6 @@ Fréchet distances and times of those schedules, as evaluate measured them, mean
 deviation over its seeds. With --solvers the solvers of another model are used.
 """
 
-import argparse
 import sys
 from pathlib import Path
 from typing import Any
@@ -40,7 +39,6 @@ BATCH = 64
 def main(argv: list[str]) -> None:
     """Reads the command line, measures, and prints a Markdown table."""
     parser = entry.LineParser(prog="python benchmarks/solvers.py", description=__doc__)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
     add = parser.add_argument
     add("--out", required=True, help="folder of the fine solutions, read where they are there")
     add("--model", default="digits", help="model directory (digits)")

@@ -87,7 +87,6 @@ def main(argv: Sequence[str]) -> None:
 
 def _parser() -> entry.LineParser:
     parser = entry.LineParser(prog="python benchmarks/torch_sit.py", description=__doc__)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
     add = parser.add_argument
     add("--size", help="random weights of a size, such as SiT-B/2, for 256 x 256 pixels")
     add("--model", help="a model directory, or the name of a shipped model, in place of --size")

@@ -78,7 +78,6 @@ def main(argv: Sequence[str]) -> None:
 
 def _parser() -> LineParser:
     parser = LineParser(prog="python -m flowturbo_jax solve", description=__doc__)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
     add = parser.add_argument
     add("model_dir", help="model directory, or the name of a shipped model")
     add("--out", required=True, help="folder of what an interrupted search goes on from")

@@ -123,7 +123,6 @@ def _learnt(pipe: ClassToImage, asked: tuple[float | None, str]) -> list[Plan]:
 
 def _parser() -> LineParser:
     parser = LineParser(prog="python -m flowturbo_jax tune", description=__doc__)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
     add = parser.add_argument
     add("model_dir", help="model directory, or the name of a shipped model")
     add("--out", required=True, help="folder of the results, continued if it exists")
