@@ -8,7 +8,6 @@ solver's numbers alone, the other the refiner's parameters, too. What counts is 
 that neither sees, beside that on those they do.
 """
 
-import argparse
 import json
 import sys
 from collections.abc import Callable
@@ -21,7 +20,7 @@ import jax
 import numpy as np
 import optax
 
-from flowturbo_jax import run_folder
+from flowturbo_jax import markdown, run_folder
 from flowturbo_jax.commands import entry
 from flowturbo_jax.commands.progress import bars
 from flowturbo_jax.interfaces import InputError
@@ -37,7 +36,6 @@ ARMS = ("numbers", "numbers and refiner")
 def main(argv: list[str]) -> None:
     """Reads the command line, trains both ways, and prints and writes the curves."""
     parser = entry.LineParser(prog="python benchmarks/solver_refiner.py", description=__doc__)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
     add = parser.add_argument
     add("--out", required=True, help="folder of the results, and of the fine solutions")
     add("--model", default="digits", help="model directory (digits)")
@@ -134,11 +132,11 @@ def _table(curves: dict[str, list[dict[str, Any]]]) -> str:
         "step",
         *(f"{arm}: {part}" for arm in curves for part in ("learnt from", "held out")),
     ]
-    lines = [heading, ["---"] * len(heading)]
+    lines = []
     for rows in zip(*curves.values(), strict=True):
         cells = [f"{row[part]:.4f}" for row in rows for part in ("learnt_from", "held_out")]
         lines.append([str(rows[0]["step"]), *cells])
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+    return markdown.table(heading, lines)
 
 
 if __name__ == "__main__":

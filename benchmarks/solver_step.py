@@ -8,7 +8,6 @@ Each batch size is compiled and run; one that does not fit is said so. --compile
 and reports what the compiler says of memory.
 """
 
-import argparse
 import json
 import sys
 import tempfile
@@ -37,7 +36,6 @@ SEARCH_STEPS = 300  # of the projection
 def main(argv: list[str]) -> None:
     """Reads the command line, measures, and prints and writes the results."""
     parser = entry.LineParser(prog="python benchmarks/solver_step.py", description=__doc__)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
     add = parser.add_argument
     add("--size", default="SiT-XL/2", help="published size (SiT-XL/2)")
     add("--image-size", type=int, default=256, help="side of its images (256)")

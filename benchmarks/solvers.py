@@ -13,7 +13,6 @@ Fréchet distances and times of those schedules, as evaluate measured them, mean
 deviation over its seeds. With --solvers the solvers of another model are used.
 """
 
-import argparse
 import sys
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import jax.numpy as jnp
 import numpy as np
 
-from flowturbo_jax import model_directory, solver_files
+from flowturbo_jax import markdown, model_directory, solver_files
 from flowturbo_jax.commands import entry
 from flowturbo_jax.commands.progress import bars
 from flowturbo_jax.interfaces import InputError
@@ -40,7 +39,6 @@ BATCH = 64
 def main(argv: list[str]) -> None:
     """Reads the command line, measures, and prints a Markdown table."""
     parser = entry.LineParser(prog="python benchmarks/solvers.py", description=__doc__)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
     add = parser.add_argument
     add("--out", required=True, help="folder of the fine solutions, read where they are there")
     add("--model", default="digits", help="model directory (digits)")
@@ -121,7 +119,7 @@ def _table(plans: Any, scales: Any, errors: Any, rows: dict[str, dict[str, list[
     heading = ["schedule", "evaluations", "+ refiner"]
     heading += ["Fréchet distance", "ms/image"] if rows else []
     heading += ["RMSE" if scale is None else f"RMSE at {scale:g}" for scale in scales]
-    lines = [heading, ["---"] * len(heading)]
+    lines = []
     for row, distances in zip(plans, errors, strict=True):
         schedule = row[0].schedule
         cells = [f"`{schedule}`", str(schedule.predictor_evaluations)]
@@ -131,7 +129,7 @@ def _table(plans: Any, scales: Any, errors: Any, rows: dict[str, dict[str, list[
             cells.append(f"{np.mean(scores['fréchet']):.3f} ± {np.std(scores['fréchet']):.3f}")
             cells.append(f"{np.mean(scores['ms']):.2f}")
         lines.append([*cells, *(f"{distance:.4f}" for distance in distances)])
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+    return markdown.table(heading, lines)
 
 
 if __name__ == "__main__":

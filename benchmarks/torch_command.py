@@ -28,7 +28,6 @@ def parser_of(
 ) -> entry.LineParser:
     """A parser of the flags that say how to sample and to measure, with these defaults."""
     parser = entry.LineParser(prog=f"python benchmarks/{program}", description=description)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
     add = parser.add_argument
     add("--schedules", default=schedules, help=f"comma-separated, of H, P and R ({schedules})")
     add("--batch-sizes", default=batch_sizes, help=f"comma-separated ({batch_sizes})")

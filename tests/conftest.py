@@ -168,6 +168,13 @@ def fixtures() -> Path:
 
 
 @pytest.fixture
+def float64() -> Iterator[None]:
+    """For one test only: rounding far below the errors that are measured."""
+    with jax.enable_x64(True):
+        yield
+
+
+@pytest.fixture
 def as_users_run_it() -> Iterator[None]:
     """No run-time check of annotations: what the library itself says of wrong types."""
     jaxtyping.config.update("jaxtyping_disable", True)

@@ -8,14 +8,9 @@ import pytest
 from flowturbo_jax import blocks
 from flowturbo_jax.interfaces import Flow, State
 
+# Formulas are checked where rounding hides nothing.
+pytestmark = pytest.mark.usefixtures("float64")
 EXACT = {"rtol": 0, "atol": 1e-14}  # a few roundings of float64 values near 1
-
-
-@pytest.fixture(autouse=True)
-def float64():
-    """Formulas are checked in float64, where rounding hides nothing."""
-    with jax.enable_x64(True):
-        yield
 
 
 def velocity(x, t):

@@ -19,12 +19,6 @@ def velocity(x, t):
 FLOW = Flow(velocity, lambda x, t, m: velocity(x, t) - m)
 
 
-@pytest.fixture
-def float64():
-    with jax.enable_x64(True):
-        yield
-
-
 def slope(error):
     return np.log2(error(40) / error(80))
 

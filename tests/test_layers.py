@@ -37,6 +37,7 @@ LAYERS = (  # lowest first; patterns are relative to the package, but for the tw
             "run_folder.py",
             "growing_arrays.py",
             "plots.py",
+            "markdown.py",
             "stopping.py",
             "throughput.py",
             "data/*",

@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.test_util import check_grads
+from traced_programs import equations
 
 from flowturbo_jax import blocks, guidance, sampler
 from flowturbo_jax.interfaces import Flow, InputError, State
@@ -13,13 +14,6 @@ from flowturbo_jax.sampler import integrate, sample
 from flowturbo_jax.schedule import Schedule
 
 START = np.asarray([[0.3, 0.5], [0.8, -0.6]])
-
-
-@pytest.fixture
-def float64():
-    """For this test only: rounding far below the errors that are measured."""
-    with jax.enable_x64(True):
-        yield
 
 
 def velocity(x, t):
@@ -106,23 +100,8 @@ def test_first_memory_is_evaluated_for_a_leading_pseudo_corrector_only():
 
 
 def program_size(text, **options):
-    """Equations of the traced program, those of inner programs included."""
-
-    def count(jaxpr):
-        inner = sum(count(sub) for eqn in jaxpr.eqns for sub in programs(list(eqn.params.values())))
-        return len(jaxpr.eqns) + inner
-
-    def programs(values):
-        for value in values:
-            if isinstance(value, list | tuple):
-                yield from programs(value)
-            elif hasattr(value, "eqns"):
-                yield value
-            elif hasattr(value, "jaxpr"):
-                yield value.jaxpr
-
     x = jnp.asarray(START, jnp.float32)
-    return count(jax.make_jaxpr(lambda x: sample(FLOW, x, text, **options))(x).jaxpr)
+    return len(equations(lambda x: sample(FLOW, x, text, **options), x))
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from traced_programs import equations
 
 from flowturbo_jax import cost, model_directory
 from flowturbo_jax.model_description import Description
@@ -65,17 +66,6 @@ def sampler(name, schedule, interval=None, batch=BATCH):
     return partial(programs.sample_images, **static, guidance=plan.guidance), arguments
 
 
-def equations(program):
-    """Every equation of a program and of those inside it."""
-    for equation in program.eqns:
-        yield equation
-        for value in equation.params.values():
-            for item in value if isinstance(value, tuple | list) else (value,):
-                inner = getattr(item, "jaxpr", item)
-                if hasattr(inner, "eqns"):
-                    yield from equations(inner)
-
-
 def products(config: SiTConfig, rows: int, times: int, evaluations: int) -> int:
     """Multiply-adds of a SiT in a sampler, by hand; conditioning counts once per time."""
     width, depth = config.hidden_size, config.depth
@@ -106,7 +96,7 @@ def test_the_sampler_multiplies_what_its_evaluations_need_and_no_more(name, sche
 @pytest.mark.parametrize(("name", "bound"), [("digits", 1030), ("SiT-S/2", 1060)])
 def test_the_traced_program_is_small_and_does_not_grow_with_the_schedule(name, bound):
     short, long = (
-        len(list(equations(jax.make_jaxpr(function)(*arguments))))
+        len(equations(function, *arguments))
         for function, arguments in (sampler(name, "H1P5R3"), sampler(name, "H8P9R5"))
     )
     assert short == long
@@ -117,7 +107,7 @@ def test_the_traced_program_is_small_and_does_not_grow_with_the_schedule(name, b
 @pytest.mark.parametrize("interval", [None, "0.2:0.8"])
 def test_nothing_between_noise_and_image_needs_the_host(name, interval):
     function, arguments = sampler(name, "H1P5R3", interval)
-    used = {e.primitive.name for e in equations(jax.make_jaxpr(function)(*arguments))}
+    used = {e.primitive.name for e in equations(function, *arguments)}
     assert not used & HOST_PRIMITIVES
     if name == "digits":  # compiled too
         text = jax.jit(function).lower(*arguments).compile().as_text()

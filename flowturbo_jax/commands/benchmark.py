@@ -71,7 +71,6 @@ def main(argv: Sequence[str]) -> None:
 
 def _parser() -> LineParser:
     parser = LineParser(prog="python -m flowturbo_jax benchmark", description=__doc__)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
     add = parser.add_argument
     add("model_dir", nargs="?", help="model directory, or the name of a shipped model")
     add("--size", help="instead: a published size with random weights, such as those above")

@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from flowturbo_jax import markdown
 from flowturbo_jax.commands.entry import one_line
 from flowturbo_jax.pipelines.ablation import WAYS
 from flowturbo_jax.pipelines.cold_start import STAGES
@@ -56,11 +57,6 @@ def short(number: float) -> str:
     return f"{number:,.{digits}f}"
 
 
-def _markdown(heading: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
-    rows = [list(heading), ["---"] * len(heading), *lines]
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in rows)
-
-
 def _speed(report: Mapping[str, Any]) -> str:
     heading = ["schedule", "guidance", "batch", "evaluations", "+ refiner", "GMAC", "ms/image"]
     heading += ["images/s", "speed-up", "utilisation", "of networks", "of decode", "memory", "by"]
@@ -82,7 +78,7 @@ def _speed(report: Mapping[str, Any]) -> str:
         f"{one_line(report['model'])}, {dtype(card)}, on {card['device']}; matrix products alone "
         f"reach {short(rate / 1e9)} GFLOP/s, which is 100 % utilisation."
     )
-    return f"{_markdown([*heading, 'compile s'], lines)}\n\n{note}"
+    return f"{markdown.table([*heading, 'compile s'], lines)}\n\n{note}"
 
 
 def _split(report: Mapping[str, Any]) -> str:
@@ -91,7 +87,7 @@ def _split(report: Mapping[str, Any]) -> str:
         size, split = row["batch_size"], row["split_ms_per_batch"]
         cells = [row["schedule"], str(size), *(short(split[part] / size) for part in PARTS)]
         lines.append([*cells, short(row["ms_per_image"])])
-    return _markdown(["schedule", "batch", *map(title, PARTS), "all, ms/image"], lines)
+    return markdown.table(["schedule", "batch", *map(title, PARTS), "all, ms/image"], lines)
 
 
 def _ablation(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -99,7 +95,7 @@ def _ablation(rows: Sequence[Mapping[str, Any]]) -> str:
         [row["schedule"], str(row["batch_size"]), *(short(row["ms_per_image"][w]) for w in WAYS)]
         for row in rows
     ]
-    return _markdown(["latents, ms/image, compiled:", "batch", *WAYS], lines)
+    return markdown.table(["latents, ms/image, compiled:", "batch", *WAYS], lines)
 
 
 def _cold_start(found: Mapping[str, Any]) -> str:
@@ -114,4 +110,4 @@ def _cold_start(found: Mapping[str, Any]) -> str:
         f"{found['schedule']}, batch {found['batch_size']}: with what the first process kept, the "
         f"second has its images after {100 * found['warm_over_cold']:.0f} % of the time."
     )
-    return f"{_markdown(heading, lines)}\n\n{note}"
+    return f"{markdown.table(heading, lines)}\n\n{note}"

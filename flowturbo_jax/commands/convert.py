@@ -104,7 +104,6 @@ NUMBERS = {"image_size": int, "guidance_scale": float, "guided_channels": int}
 
 def _parser() -> LineParser:
     parser = LineParser(prog="python -m flowturbo_jax convert", description=__doc__)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("--predictor", help="weights of a SiT")
     parser.add_argument("--pipeline", help="folder of a diffusers text-to-image pipeline")
     for name, text in CONVERT_ONLY.items():

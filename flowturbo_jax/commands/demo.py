@@ -41,7 +41,6 @@ def main(argv: Sequence[str]) -> None:
 
 def _parser() -> LineParser:
     parser = LineParser(prog="python -m flowturbo_jax demo", description=__doc__)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
     add = parser.add_argument
     add("model_dir", nargs="?", default=SHIPPED, help="model directory, or a shipped model's name")
     add("--port", type=int, default=7860, help="of the page, 0 for any free one (7860)")

@@ -11,7 +11,6 @@ Of images with captions, such as captions:DIR, the text states are stored as wel
 encoder in --text-encoder, a model directory that takes text, or in --vae where that is one.
 """
 
-import argparse
 from collections.abc import Sequence
 
 from tqdm import tqdm
@@ -65,7 +64,6 @@ def main(argv: Sequence[str]) -> None:
 
 def _parser() -> LineParser:
     parser = LineParser(prog="python -m flowturbo_jax encode", description=__doc__)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("--data", help="images, such as folder:DIR")
     parser.add_argument("--image-size", type=int, help="side of the square they are cropped to")
     parser.add_argument("--vae", help="model directory, diffusers folder, or hf://owner/name")

@@ -53,11 +53,14 @@ def one_line(text: str) -> str:
 
 
 class LineParser(argparse.ArgumentParser):
-    """An argument parser whose errors are InputErrors: one line, exit code 2."""
+    """An argument parser whose errors are InputErrors: one line, exit code 2.
+
+    Its description, a file's docstring, is shown in the lines that it has.
+    """
 
     def __init__(self, **options: Any):
         super().__init__(
-            formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False, **options
+            formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, **options
         )
 
     def error(self, message: str) -> NoReturn:

@@ -64,7 +64,6 @@ def main(argv: Sequence[str]) -> None:
 
 def _parser() -> LineParser:
     parser = LineParser(prog="python -m flowturbo_jax evaluate", description=__doc__)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
     add = parser.add_argument
     add("model_dir", nargs="?", help="model directory, or the name of a shipped model")
     add("--out", help="JSON file of results, continued if it exists")

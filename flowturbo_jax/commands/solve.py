@@ -21,12 +21,12 @@ from typing import Any
 import jax
 import numpy as np
 
-from flowturbo_jax import model_directory, parallel, run_folder, solver_files
+from flowturbo_jax import markdown, model_directory, parallel, run_folder, solver_files
 from flowturbo_jax.commands.entry import LineParser, one_line
 from flowturbo_jax.commands.progress import bars, say
 from flowturbo_jax.interfaces import InputError
 from flowturbo_jax.learnt_solver import LearntSolver, Numbers
-from flowturbo_jax.pipelines import any_model
+from flowturbo_jax.pipelines import any_model, fine_solution
 from flowturbo_jax.pipelines.class_to_image import ClassToImage
 from flowturbo_jax.pipelines.plan import Plan
 from flowturbo_jax.pipelines.solver_search import SolverSearch
@@ -78,7 +78,6 @@ def main(argv: Sequence[str]) -> None:
 
 def _parser() -> LineParser:
     parser = LineParser(prog="python -m flowturbo_jax solve", description=__doc__)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
     add = parser.add_argument
     add("model_dir", help="model directory, or the name of a shipped model")
     add("--out", required=True, help="folder of what an interrupted search goes on from")
@@ -211,7 +210,7 @@ def _card(pipe: ClassToImage, search: Search) -> dict[str, Any]:
     settings = {name: value for name, value in vars(search).items() if name != "schedule"}
     return {
         **settings,
-        "fine_solution": "Tsit5, guided all of the time, in float32",
+        "fine_solution": fine_solution.METHOD,
         "dtype": np.dtype(pipe.model.predictor.dtype).name,
         "device": jax.devices()[0].device_kind,
         "devices": parallel.total_devices(),
@@ -222,17 +221,15 @@ def _card(pipe: ClassToImage, search: Search) -> dict[str, Any]:
 def table(rows: Sequence[tuple[Schedule, Numbers]]) -> str:
     """What was learnt, as a Markdown table."""
     heading = ["schedule", "guidance scale", "evaluations", "+ refiner", "RMSE before", "learnt"]
-    lines = [heading, ["---"] * len(heading)]
-    for schedule, numbers in rows:
-        results = numbers.results
-        lines.append(
-            [
-                str(schedule),
-                f"{numbers.guidance_scale:g}",
-                str(schedule.predictor_evaluations),
-                str(schedule.refiner_evaluations),
-                f"{results['start_rmse']:.4f}",
-                f"{results['held_out_rmse']:.4f}",
-            ]
-        )
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+    cells = [
+        [
+            str(schedule),
+            f"{numbers.guidance_scale:g}",
+            str(schedule.predictor_evaluations),
+            str(schedule.refiner_evaluations),
+            f"{numbers.results['start_rmse']:.4f}",
+            f"{numbers.results['held_out_rmse']:.4f}",
+        ]
+        for schedule, numbers in rows
+    ]
+    return markdown.table(heading, cells)

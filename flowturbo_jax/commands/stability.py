@@ -17,7 +17,8 @@ from typing import Any
 
 import numpy as np
 
-from flowturbo_jax import plots, run_folder
+from flowturbo_jax import markdown, plots, run_folder
+from flowturbo_jax.commands import output_file
 from flowturbo_jax.commands.entry import LineParser, one_line
 from flowturbo_jax.commands.progress import images_done
 from flowturbo_jax.guidance import check_interval
@@ -48,7 +49,7 @@ def main(argv: Sequence[str]) -> None:
             )
         result, verdict = report(card, measured, args.safe_below)
         plots.save(draw(result, verdict), out / "stability")
-        _write(out / "stability.json", result)
+        output_file.replace(out / "stability.json", json.dumps(result, indent=1) + "\n")
         rows.remove()
     print(table(result), end="\n\n")
     print(verdict.sentence)
@@ -59,7 +60,6 @@ def main(argv: Sequence[str]) -> None:
 
 def _parser() -> LineParser:
     parser = LineParser(prog="python -m flowturbo_jax stability", description=__doc__)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
     add = parser.add_argument
     add("model_dir", help="model directory, or the name of a shipped model")
     add("--out", required=True, help="folder for stability.json, .png and .svg")
@@ -136,14 +136,14 @@ def table(result: Mapping[str, Any]) -> str:
     """The means as a table in Markdown, at most 20 times of them."""
     keep, refine = result["keep"], result["refine"]
     curvature = dict(zip(result["curvature"]["t"], result["curvature"]["mean"], strict=True))
-    lines = ["| t | curvature | keeping errs | refining errs |", "| --- | --- | --- | --- |"]
+    rows = []
     last = len(keep["t"]) - 1
     for i in dict.fromkeys(round(i) for i in np.linspace(0, last, TABLE_ROWS).tolist()):
         t = keep["t"][i]
         bend = f"{curvature[t]:.3g}" if t in curvature else ""
         refined = "" if refine is None else f"{100 * refine['mean'][i]:.2f} %"
-        lines.append(f"| {t:.3g} | {bend} | {100 * keep['mean'][i]:.2f} % | {refined} |")
-    return "\n".join(lines)
+        rows.append([f"{t:.3g}", bend, f"{100 * keep['mean'][i]:.2f} %", refined])
+    return markdown.table(["t", "curvature", "keeping errs", "refining errs"], rows)
 
 
 def draw(result: Mapping[str, Any], verdict: Verdict) -> Any:
@@ -224,14 +224,3 @@ def _check_writable(out: Path) -> None:
         raise InputError(
             f"cannot write to {out}: {error.strerror}; choose another --out"
         ) from error
-
-
-def _write(path: Path, result: Mapping[str, Any]) -> None:
-    draft = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        draft.write_text(json.dumps(result, indent=1) + "\n")
-        os.replace(draft, path)
-    except OSError as error:
-        raise InputError(f"cannot write {path}: {error.strerror}; choose another --out") from error
-    finally:
-        draft.unlink(missing_ok=True)

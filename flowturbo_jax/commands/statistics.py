@@ -24,7 +24,6 @@ from flowturbo_jax.pipelines import judging, real_images
 def main(argv: Sequence[str]) -> None:
     """Reads the command line, and measures a data set."""
     parser = LineParser(prog="python -m flowturbo_jax statistics", description=__doc__)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
     add = parser.add_argument
     add("source", help="images:DIR, folder:DIR, tfds:NAME[@SPLIT], digits or mixture:DIR")
     add("--features", required=True, help="pixels, digits or inception:FILE")

@@ -15,20 +15,18 @@ import contextlib
 import hashlib
 import json
 import math
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from flowturbo_jax import model_directory, run_folder, solver_files
-from flowturbo_jax.commands import tune_plot
+from flowturbo_jax import markdown, model_directory, run_folder, solver_files
+from flowturbo_jax.commands import output_file, tune_plot
 from flowturbo_jax.commands.entry import LineParser, one_line
 from flowturbo_jax.commands.progress import bars, images_done, say
 from flowturbo_jax.interfaces import InputError
-from flowturbo_jax.pipelines import any_model, evaluation, fronts, judging, tuning
+from flowturbo_jax.pipelines import any_model, evaluation, fine_solution, fronts, judging, tuning
 from flowturbo_jax.pipelines.candidates import Space
 from flowturbo_jax.pipelines.class_to_image import ClassToImage
-from flowturbo_jax.pipelines.fine_solution import TOLERANCE
 from flowturbo_jax.pipelines.fronts import Finalist
 from flowturbo_jax.pipelines.judging import Judges
 from flowturbo_jax.pipelines.plan import Plan
@@ -125,7 +123,6 @@ def _learnt(pipe: ClassToImage, asked: tuple[float | None, str]) -> list[Plan]:
 
 def _parser() -> LineParser:
     parser = LineParser(prog="python -m flowturbo_jax tune", description=__doc__)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
     add = parser.add_argument
     add("model_dir", help="model directory, or the name of a shipped model")
     add("--out", required=True, help="folder of the results, continued if it exists")
@@ -243,8 +240,8 @@ def _report(
         "space": vars(space),
         "error": {
             "what": "mean of |z - z*| / |z*| over noises",
-            "fine_solution": "Tsit5, guided all of the time, in float32",
-            "tolerance": TOLERANCE,
+            "fine_solution": fine_solution.METHOD,
+            "tolerance": fine_solution.TOLERANCE,
         },
         "baseline": fronts.described(measured[0].plan),
         "recommended": {name: _row(found) for name, found in recommended.items()},
@@ -276,13 +273,7 @@ def _row(found: Finalist) -> dict[str, Any]:
 
 
 def _write(path: Path, content: Any) -> None:
-    draft = path.with_name(f".{path.name}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        draft.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n")
-        os.replace(draft, path)
-    except OSError as error:
-        raise InputError(f"cannot write {path}: {error.strerror}; choose another --out") from error
+    output_file.replace(path, json.dumps(content, indent=1, allow_nan=False) + "\n")
 
 
 def table(
@@ -293,13 +284,13 @@ def table(
     for name, found in recommended.items():
         names.setdefault(found.plan, []).append(name)
     heading = ["schedule", "guidance", "evaluations", "+ refiner", "ms/image", "error"]
-    heading += [metric] if metric else []
-    lines = [[*heading, ""], ["---"] * (len(heading) + 1)]
+    heading += [metric, ""] if metric else [""]
+    rows = []
     for found in sorted(measured, key=lambda found: found.ms_per_image):
         schedule, guidance = found.plan.schedule, fronts.described(found.plan).partition(" ")[2]
         cells = [str(schedule), guidance]
         cells += [str(schedule.predictor_evaluations), str(schedule.refiner_evaluations)]
         cells += [f"{found.ms_per_image:.3f}", f"{found.error:.4f}"]
         cells += [f"{found.scores[metric]:.4f}"] if metric else []
-        lines.append([*cells, ", ".join(names.get(found.plan, []))])
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+        rows.append([*cells, ", ".join(names.get(found.plan, []))])
+    return markdown.table(heading, rows)

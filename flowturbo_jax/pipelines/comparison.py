@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from flowturbo_jax import markdown
 from flowturbo_jax.interfaces import InputError
 
 # What two measurements may differ in and still say the same: what is compared, and what the
@@ -148,7 +149,7 @@ def table(rows: Sequence[Mapping[str, Any]], names: Sequence[str] | None = None)
     differing = _differing([rows[indices[0]]["card"] for indices in groups.values()])
     heading = [*([] if names is None else ["file"]), "schedule", "guidance"]
     heading += ["evaluations", "+ refiner", *differing, *(HEADINGS[key] for key in metrics)]
-    lines = [heading, ["---"] * len(heading)]
+    lines = []
     for indices in groups.values():
         card = rows[indices[0]]["card"]
         cells = [] if names is None else [names[indices[0]]]
@@ -158,7 +159,7 @@ def table(rows: Sequence[Mapping[str, Any]], names: Sequence[str] | None = None)
         results = [rows[index]["results"] for index in indices]
         cells += [_cell(key, [found[key] for found in results if key in found]) for key in metrics]
         lines.append([" ".join(cell.split()).replace("|", "\\|") for cell in cells])
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+    return markdown.table(heading, lines)
 
 
 def _differing(cards: Sequence[Mapping[str, Any]]) -> list[str]:

@@ -17,6 +17,7 @@ from flowturbo_jax.pipelines import programs
 from flowturbo_jax.pipelines.class_to_image import ClassToImage
 from flowturbo_jax.pipelines.plan import Plan
 
+METHOD = "Tsit5, guided all of the time, in float32"  # in words, for protocol cards
 TOLERANCE = 1e-5  # of each step, relative and absolute; float32 networks round at about 1e-6
 MAX_STEPS = 2000  # attempted by the solver
 
