@@ -13,7 +13,7 @@ import flowturbo_jax as ft
 from flowturbo_jax import model_directory
 from flowturbo_jax.interfaces import InputError
 from flowturbo_jax.learnt_solver import LearntSolver
-from flowturbo_jax.pipelines import solver_search
+from flowturbo_jax.pipelines import solver_networks, solver_search
 from flowturbo_jax.pipelines.solver_search import SolverSearch
 from flowturbo_jax.pipelines.solver_settings import Parameters, Search, solver_of, start
 from flowturbo_jax.schedule import Schedule
@@ -244,7 +244,7 @@ def test_an_unknown_label_is_refused(mixture, tmp_path):
 
 
 def test_the_search_knows_when_to_recompute_blocks(refined, monkeypatch):
-    assert solver_search._remat_of(refined, "") == "evaluations"
-    monkeypatch.setattr(solver_search, "LARGE", 10)
-    assert solver_search._remat_of(refined, "") == "blocks"
-    assert solver_search._remat_of(refined, "none") == "none"
+    assert solver_networks.remat_of(refined, "") == "evaluations"
+    monkeypatch.setattr(solver_networks, "LARGE", 10)
+    assert solver_networks.remat_of(refined, "") == "blocks"
+    assert solver_networks.remat_of(refined, "none") == "none"

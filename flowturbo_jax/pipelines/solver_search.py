@@ -23,7 +23,7 @@ from flowturbo_jax import parallel, sampler, stopping
 from flowturbo_jax.interfaces import InputError, Latents
 from flowturbo_jax.learnt_solver import Numbers
 from flowturbo_jax.multistep import Solver
-from flowturbo_jax.pipelines import programs
+from flowturbo_jax.pipelines import programs, solver_networks
 from flowturbo_jax.pipelines.class_to_image import ClassToImage
 from flowturbo_jax.pipelines.kept_results import KeptResults
 from flowturbo_jax.pipelines.plan import Plan
@@ -32,7 +32,6 @@ from flowturbo_jax.pipelines.solver_settings import Parameters, Search, solver_o
 
 DIVERGED = 4.0  # times the error that the search began with
 SOLVED_AT_ONCE = 64  # by the fine solution; its steps are those that all of them need
-LARGE = 50_000_000  # parameters of a predictor whose blocks are recomputed unless told otherwise
 
 
 class SolverSearch:
@@ -63,7 +62,7 @@ class SolverSearch:
         parallel.check_batch_size(search.batch_size)
         self._pipe, self._exact, self._search, self._plan = pipe, exact, search, plan
         self._work, self._progress = Path(work), on_progress
-        self._networks = programs.Networks(_recomputing(pipe, search.remat))
+        self._networks = programs.Networks(solver_networks.recomputing(pipe, search.remat))
         decoder = pipe.decoder_params if search.loss == "pixels" else {}
         self.frozen = parallel.replicate((pipe.params, decoder, *plan.arguments[:2]))
         self._optimizer = optax.adam(
@@ -310,7 +309,7 @@ class SolverSearch:
             self._plan.guidance,
             search.schedule.needs_refiner,
         )
-        if _remat_of(self._pipe, search.remat) != "none":
+        if solver_networks.remat_of(self._pipe, search.remat) != "none":
             refine = None if flow.refine is None else jax.checkpoint(flow.refine)
             flow = flow._replace(predict=jax.checkpoint(flow.predict), refine=refine)
         state, states = sampler.integrate(
@@ -333,24 +332,3 @@ def _relative(x: Latents, exact: Latents) -> Float[Array, ""]:
 def _packed(tree: Any) -> list[Any]:
     """Arrays as lists of numbers, which JSON holds to the last bit."""
     return [np.asarray(leaf).reshape(-1).tolist() for leaf in jax.tree.leaves(tree)]
-
-
-def _remat_of(pipe: ClassToImage, asked: str) -> str:
-    if asked:
-        return asked
-    size = sum(leaf.size for leaf in jax.tree.leaves(pipe.model.predictor_params))
-    return "blocks" if size > LARGE else "evaluations"
-
-
-def _recomputing(pipe: ClassToImage, asked: str) -> Any:
-    """The model with networks to learn through: they recompute their blocks if wanted.
-
-    And their attention is plain: the gradients of fused kernels differ from run to run.
-    """
-    again, built = _remat_of(pipe, asked) == "blocks", {}
-    for name in ("predictor", "refiner"):
-        built[name] = module = getattr(pipe.model, name)
-        if module is not None:
-            wanted = {"remat": again, "attention": "xla"}
-            built[name] = module.clone(**{k: v for k, v in wanted.items() if hasattr(module, k)})
-    return dataclasses.replace(pipe.model, **built)
