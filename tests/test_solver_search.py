@@ -13,7 +13,7 @@ import flowturbo_jax as ft
 from flowturbo_jax import model_directory
 from flowturbo_jax.interfaces import InputError
 from flowturbo_jax.learnt_solver import LearntSolver
-from flowturbo_jax.pipelines import solver_networks, solver_search
+from flowturbo_jax.pipelines import solver_networks
 from flowturbo_jax.pipelines.solver_search import SolverSearch
 from flowturbo_jax.pipelines.solver_settings import Parameters, Search, solver_of, start
 from flowturbo_jax.schedule import Schedule

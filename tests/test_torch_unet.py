@@ -199,8 +199,7 @@ def test_diffusers_shows_the_same_images_of_the_small_model(tmp_path):
 @WITH_DIFFUSERS
 @IMPORTS
 def test_diffusers_takes_every_tensor_or_refuses():
-    torch = pytest.importorskip("torch")
-    from benchmarks.unet_peer import TextUNet
+    from benchmarks.unet_peer import TextUNet, torch
 
     described = tiny_text.description(**UNET, transformer_layers=2, linear_projection=True)
     for network in (described.predictor, described.refiner):
