@@ -110,7 +110,9 @@ def _scores(file: str) -> dict[str, list[float]]:
     """Of each schedule the Fréchet distances, one of each seed."""
     found: dict[str, list[float]] = {}
     rows = comparison.read_rows(file)
-    how = {(row["card"]["guidance_scale"], str(row["card"]["guidance_interval"])) for row in rows}
+    how = {
+        (row["card"]["guidance_scale"], str(row["card"].get("guidance_interval"))) for row in rows
+    }
     if len(how) > 1:
         raise InputError(f"{file} has several guidance scales or intervals; evaluate them apart")
     for row in rows:

@@ -31,8 +31,9 @@ def cells(printed):
 
 
 def test_the_distance_of_schedules_with_their_scores_and_times(model, tmp_path, capsys):
-    row = {"card": {"schedule": "H4", "guidance_scale": 1.5, "guidance_interval": None}}
-    rows = [row | {"results": {"frechet_distance": value}} for value in (1.0, 3.0)]
+    card = {"schedule": "H4", "guidance": "paired", "guidance_scale": 1.5}
+    card |= {"predictor_evaluations": 8, "refiner_evaluations": 0}
+    rows = [{"card": card, "results": {"frechet_distance": value}} for value in (1.0, 3.0)]
     (tmp_path / "scores.json").write_text(json.dumps(rows))
     speed = {"rows": [{"schedule": "H4", "batch_size": 8, "ms_per_image": 2.5}]}
     (tmp_path / "speed.json").write_text(json.dumps(speed))

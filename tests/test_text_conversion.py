@@ -100,7 +100,20 @@ def test_a_networks_folder_is_exported_as_it_was(tmp_path, capsys):
     (folder / name).write_bytes(b"")
     assert run(package_main, *export, f"--out={folder}", "--force") == 0
     assert load_file(folder / name).keys() == theirs.keys()
-    assert sorted(file.name for file in folder.parent.iterdir()) == ["refiner"]
+
+    link, taken = folder.parent / "link", folder.parent / "taken"
+    link.symlink_to(folder)
+    (folder / name).write_bytes(b"")
+    assert run(package_main, *export, f"--out={link}", "--force") == 0
+    assert link.is_symlink()
+    assert load_file(folder / name).keys() == theirs.keys()
+    taken.write_text("mine")
+    for out, message in ((taken, "is a file"), (folder.parent / "a.ckpt", "its folder in nothing")):
+        capsys.readouterr()
+        assert run(package_main, *export, f"--out={out}", "--force") == 2
+        assert message in capsys.readouterr().err
+    assert taken.read_text() == "mine"
+    assert sorted(file.name for file in folder.parent.iterdir()) == ["link", "refiner", "taken"]
 
 
 def test_weights_that_predict_noise_are_refused(tmp_path, monkeypatch, capsys):

@@ -257,7 +257,21 @@ def test_a_refiner_takes_twice_the_channels_it_gives():
         unet_architecture.unet_config(PUBLISHED, refiner=True)
 
 
-@pytest.mark.parametrize("config", [SD1, SD2, SD1.refiner(), UNetConfig((32, 48))])
+OTHER = UNetConfig(  # nothing as diffusers has it by default
+    (32, 48),
+    in_channels=8,
+    block_out_channels=(64, 96),
+    layers_per_block=3,
+    attention_heads=(2, 3),
+    cross_attention=(False, True),
+    cross_attention_dim=40,
+    transformer_layers=2,
+    linear_projection=True,
+    norm_num_groups=16,
+)
+
+
+@pytest.mark.parametrize("config", [SD1, SD2, SD1.refiner(), OTHER])
 def test_diffusers_config_is_read_back(config):
     written = json.loads(json.dumps(unet_architecture.diffusers_config(config)))
     refiner = config.in_channels_scale == 2

@@ -44,10 +44,12 @@ def export(
     if config is None:
         known = ", ".join(model.description.networks)
         raise InputError(f"{model_dir} has no {network}; it has {known}")
-    folder = out.suffix != ".safetensors"
-    if folder and (not isinstance(config, UNetConfig) or out.suffix in (".bin", ".pt", ".pth")):
-        raise InputError(f"--out is {out.name!r}; an exported file ends in .safetensors")
-    _check_free(out, force)
+    folder = isinstance(config, UNetConfig) and not out.suffix
+    if not folder and out.suffix != ".safetensors":
+        or_folder = "" if not isinstance(config, UNetConfig) else ", and its folder in nothing"
+        raise InputError(f"--out is {out.name!r}; an exported file ends in .safetensors{or_folder}")
+    out = Path(os.path.realpath(out)) if folder else out  # a link stays, and "." has a name
+    _check_free(out, folder, force)
     kind = convert.kind_of(network, model.description.family)
     state = convert.state_from_params(kind, config, getattr(model, f"{network}_params"))
     draft = out.with_name(f".{out.name}.{os.getpid()}.tmp")
@@ -69,14 +71,15 @@ def export(
     return state
 
 
-def _check_free(out: Path, force: bool) -> None:
+def _check_free(out: Path, folder: bool, force: bool) -> None:
     """Refuses a place that is taken, or that --force would lose other things of."""
     try:
         taken = out.exists()
         others = {file.name for file in out.iterdir()} - {CONFIG, WEIGHTS} if out.is_dir() else ()
     except OSError as error:
         raise InputError(f"cannot write {out}: {error.strerror}; choose another --out") from error
-    if others:
-        raise InputError(f"{out} is a folder with other files; choose another --out")
+    if others or (folder and taken and not out.is_dir()):
+        what = "a folder with other files" if others else "a file"
+        raise InputError(f"{out} is {what}; choose another --out")
     if taken and not force:
         raise InputError(f"{out} exists; choose another --out, or replace it with --force")
